@@ -1,0 +1,233 @@
+"""The web app: layout and wiring in Gradio; what the buttons do is in coser/studio.py."""
+
+from __future__ import annotations
+
+import os
+
+# The app serves a room without network: no telemetry, no look-ups. Both are read when gradio and the hub are imported.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import spaces  # noqa: I001  (before torch: on ZeroGPU it must be the first to touch CUDA)
+
+import argparse
+import html
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import gradio as gr
+
+from coser.studio import (ELEVATIONS, GUIDANCE_SCALE, NUM_INFERENCE_STEPS, NUM_VIEWS, SEED, SMALL,
+                          GenerationRequest, Studio, file_name, remove_old_sessions, session_folder)
+
+PROMPTS = Path(__file__).parent / "examples" / "prompts.txt"
+DEFAULTS = GenerationRequest(prompt="a red barrel")
+STOP = "stop"  # a file of this name in a session's folder asks its run to end; files also reach ZeroGPU's worker process
+
+THEME = gr.themes.Soft(
+    primary_hue="orange", neutral_hue="stone", radius_size="lg", font=["system-ui", "sans-serif"],
+    font_mono=["ui-monospace", "monospace"]).set(
+    body_background_fill="#faf8f5", block_shadow="none", block_border_width="1px",
+    button_primary_background_fill="#c2410c", button_primary_background_fill_hover="#9a3412",
+    button_primary_text_color="white")
+CSS = """
+.gradio-container main {width: 100%; max-width: 1240px; margin: 0 auto}
+#title {padding: 0} #title h1 {margin: 0; font-size: 1.9rem; letter-spacing: -.02em} #title p {margin: 0; opacity: .7}
+#ask {gap: 10px; align-items: stretch} #ask textarea, #ask input {font-size: 1.1rem; height: 100%}
+#examples .gallery {gap: 6px} #examples .gallery-item {border-radius: 999px; font-size: .85rem; padding: 2px 10px}
+#status {padding: 0} #status .words {display: flex; justify-content: space-between; gap: 12px; font-size: .95rem}
+#status .words span {opacity: .75; white-space: nowrap; font-variant-numeric: tabular-nums}
+#status .track {height: 6px; margin-top: 8px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden}
+#status .bar {height: 100%; border-radius: 3px; background: #c2410c; transition: width .25s linear}
+#status .done .bar {background: #4d7c0f} #status .stopped .bar {background: #a8a29e}
+#views img {width: 100%; height: 100%; object-fit: contain}
+footer {opacity: .6}
+@media (max-width: 700px) {
+  #ask > * {min-width: 0 !important} #ask #prompt {flex: 1 0 100%} #ask #go {flex: 3} #ask #stop {flex: 1}
+  #examples .gallery {flex-wrap: nowrap; overflow-x: auto; scrollbar-width: none} #examples .gallery-item {flex: none}
+  #views, #views > * {height: auto !important} #views .image-container {aspect-ratio: 4 / 3}
+  #model {height: 340px !important}
+}
+"""
+STATUS = """<div class="line ${value.stage}" role="status" aria-live="polite">
+<div class="words"><b>${value.message}</b><span>${value.figures}</span></div>
+<div class="track"><div class="bar" style="width:${value.percent}%"></div></div></div>"""
+
+
+class Status(gr.HTML):
+    """The progress line: a dict of plain values, laid out in the browser by STATUS."""
+
+    def api_info(self) -> dict:
+        return {"type": "object", "description": "stage, step, total, percent, seconds_left, seed, message, figures"}
+
+
+class Desk:
+    """What the page's events do, around one studio; visitors are told apart by their session."""
+
+    def __init__(self, studio: Studio):
+        self.studio = studio
+        self.line: set[str] = set()  # the sessions that draw or wait to draw
+
+    def begin(self, prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed,
+              request: gr.Request):
+        """Check the values at once, before any waiting; then clear the stage and turn the buttons round."""
+        checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed)
+        if request.session_hash in self.line:
+            raise gr.Error("One at a time: press Stop first.", title="Still drawing", print_exception=False)
+        (session_folder(request.session_hash) / STOP).unlink(missing_ok=True)
+        remove_old_sessions()
+        ahead = len(self.line)
+        self.line.add(request.session_hash)
+        message = f"Waiting for {ahead} other visitor{'s' if ahead > 1 else ''}" if ahead else "Starting"
+        return (status_line("waiting", message), gr.Button(interactive=False), gr.Button(interactive=True), None,
+                gr.DownloadButton(value=None, interactive=False))
+
+    def generate(self, prompt: str, num_views: int, guidance_scale: float, num_inference_steps: int, elevation: float,
+                 seed: int, randomize_seed: bool, request: gr.Request) -> Iterator[tuple]:
+        """Text to 3D: streams (views picture, status, seed, GLB or nothing yet), an item a denoising step.
+
+        prompt: 1 to 500 characters. num_views: 4 to 24. guidance_scale: 1 to 12. num_inference_steps: 1 to 50.
+        elevation: 0 to 30 degrees. seed: 0 to 2147483647, drawn anew with randomize_seed and reported back.
+        """
+        asked = checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed)
+        asked = asked.with_drawn_seed()
+        folder = session_folder(request.session_hash or "")
+        glb = Path(tempfile.mkdtemp(prefix="run-", dir=folder)) / file_name(asked.prompt, asked.seed)
+        try:
+            for update in self.studio.generate(asked, glb, (folder / STOP).exists):
+                yield update.picture, with_figures(update.status()), update.seed, update.glb and str(update.glb)
+        except ValueError as error:
+            raise gr.Error(str(error), title="No model could be made", print_exception=False) from error
+
+    def stop(self, request: gr.Request):
+        """Ask the session's run to end after the step it is in."""
+        (session_folder(request.session_hash) / STOP).touch()
+        return gr.Button(interactive=False)
+
+    def finish(self, status: dict, glb: str | None, request: gr.Request):
+        """After a run, however it ended: the viewer gets its file (as an output of `generate` it would stay blank)."""
+        self.line.discard(request.session_hash)
+        if status["stage"] not in ("done", "stopped"):
+            status = status_line("stopped", "This run ended early; the message says why.")
+        return (status, gr.Button(interactive=True), gr.Button(interactive=False), glb,
+                gr.DownloadButton(interactive=glb is not None))
+
+    def leave(self, request: gr.Request):
+        """A visitor closed the page: a run of theirs must not keep the others waiting."""
+        if request.session_hash in self.line:
+            self.line.discard(request.session_hash)
+            (session_folder(request.session_hash) / STOP).touch()
+
+
+def checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed) -> GenerationRequest:
+    """The page's values as a request; what is wrong with them becomes a message for the visitor."""
+    if isinstance(prompt, str) and not prompt.strip():
+        raise gr.Error("Type what to make first, for example: a red barrel. (prompt must not be empty)",
+                       title="Nothing to draw yet", print_exception=False)
+    try:
+        return GenerationRequest(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed)
+    except ValueError as error:
+        raise gr.Error(html.escape(str(error), quote=False), title="That cannot be drawn", print_exception=False) from error
+
+
+def status_line(stage: str, message: str) -> dict:
+    """The progress line's value while no step has been made."""
+    return with_figures({"stage": stage, "step": 0, "total": 0, "percent": 0, "seconds_left": None, "seed": None,
+                         "message": message})
+
+
+def with_figures(status: dict) -> dict:
+    """A status with the words that the line shows on its right."""
+    parts = [f"{status['percent']} %"] if status["stage"] in ("denoising", "reconstructing") else []
+    if parts and status["seconds_left"] is not None:
+        parts.append(f"{status['seconds_left']:.0f} s left")
+    return status | {"figures": " · ".join(parts)}
+
+
+def gpu_seconds(prompt, num_views, guidance_scale, num_inference_steps, *_) -> int:
+    """What a run may take of ZeroGPU's time, in seconds; wrong values get the least, for they end at once."""
+    if not isinstance(num_views, (int, float)) or not isinstance(num_inference_steps, (int, float)):
+        return 10
+    return int(max(10, min(60, 10 + 0.02 * num_views * num_inference_steps)))
+
+
+def setting_inputs() -> list[gr.components.Component]:
+    """The sliders, in the order of GenerationRequest's fields after the prompt."""
+    num_views = gr.Slider(*NUM_VIEWS, DEFAULTS.num_views, step=1, label="Views", info="a closed ring around the object",
+                          elem_id="num-views")
+    guidance_scale = gr.Slider(*GUIDANCE_SCALE, DEFAULTS.guidance_scale, step=0.5, label="Guidance",
+                               info="how strictly to follow the prompt", elem_id="guidance-scale")
+    steps = gr.Slider(*NUM_INFERENCE_STEPS, DEFAULTS.num_inference_steps, step=1, label="Steps",
+                      info="more is finer and slower", elem_id="steps")
+    elevation = gr.Slider(*ELEVATIONS, DEFAULTS.elevation, step=1, label="Elevation", info="degrees above the ground",
+                          elem_id="elevation")
+    with gr.Column(min_width=200):
+        seed = gr.Number(DEFAULTS.seed, precision=0, minimum=SEED[0], maximum=SEED[1], label="Seed",
+                         info="same seed, same object", elem_id="seed")
+        randomize = gr.Checkbox(True, label="New seed every time", container=False, elem_id="randomize-seed")
+    return [num_views, guidance_scale, steps, elevation, seed, randomize]
+
+
+def build_app(studio: Studio) -> gr.Blocks:
+    """The page around a loaded studio; nothing starts until `launch`."""
+    desk = Desk(studio)
+    with gr.Blocks(title="CoSER · a sentence becomes a 3D asset", delete_cache=(3600, 86_400)) as demo:
+        gr.HTML("<h1>CoSER</h1><p>Type a sentence, watch its views appear, turn the object, take it home.</p>",
+                elem_id="title")
+        with gr.Row(elem_id="ask"):
+            prompt = gr.Textbox(placeholder="What shall it be? For example: a red barrel", label="Prompt", show_label=False,
+                                container=False, scale=6, max_lines=1, autofocus=True, elem_id="prompt")
+            go = gr.Button("Generate", variant="primary", scale=1, min_width=110, elem_id="go")
+            stop = gr.Button("Stop", scale=1, min_width=80, interactive=False, elem_id="stop")
+        examples = gr.Dataset(components=[prompt], samples=[[p] for p in PROMPTS.read_text("utf-8").splitlines()],
+                              show_label=False, samples_per_page=100, elem_id="examples")
+        with gr.Accordion("Settings", open=False, elem_id="settings"), gr.Row():
+            settings = setting_inputs()
+        status = Status(status_line("idle", "Ready"), html_template=STATUS, elem_id="status")
+        with gr.Row(elem_id="stage"):
+            views = gr.Image(label="Views", format="jpeg", interactive=False, height=470, min_width=320,
+                             buttons=["download", "fullscreen"], elem_id="views")
+            with gr.Column(min_width=320):
+                model = gr.Model3D(label="3D model", height=412, clear_color=(1.0, 1.0, 1.0, 1.0), interactive=False,
+                                   camera_position=(60, 75, None), elem_id="model")
+                download = gr.DownloadButton("Download GLB", interactive=False, elem_id="download")
+
+        chosen = examples.click(lambda sample: sample[0], examples, prompt, queue=False, show_progress="hidden",
+                                api_visibility="private")
+        chosen.then(None, js="() => document.getElementById('go').click()", api_visibility="private")
+        seed = settings[-2]
+        quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        started = gr.on([prompt.submit, go.click], desk.begin, [prompt, *settings],
+                        [status, go, stop, model, download], preprocess=False, **quiet)
+        drawn = started.success(spaces.GPU(duration=gpu_seconds)(desk.generate), [prompt, *settings],
+                                [views, status, seed, download], preprocess=False, show_progress="hidden",
+                                concurrency_limit=1, concurrency_id="gpu", api_name="generate")
+        drawn.then(desk.finish, [status, download], [status, go, stop, model, download], **quiet)
+        stop.click(desk.stop, None, stop, **quiet)
+        demo.unload(desk.leave)
+    return demo.queue(max_size=32)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Load the checkpoint, then serve the page until interrupted."""
+    parser = argparse.ArgumentParser(description="The CoSER web app.")
+    parser.add_argument("--checkpoint", default=SMALL, help="a folder in diffusers layout (default: the shipped one)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--host", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    launch(build_app(Studio(args.checkpoint, args.device)), server_name=args.host, server_port=args.port)
+
+
+def launch(demo: gr.Blocks, **options) -> str:
+    """Serve the page with its looks; returns its address (at once, with prevent_thread_lock)."""
+    _, url, _ = demo.launch(theme=THEME, css=CSS, footer_links=["api"], run_history=False, ssr_mode=False, **options)
+    return url
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""What the app, the command line and the API do: one request becomes streamed view grids, a GLB and a run file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+import re
+import secrets
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+import diffusers
+import torch
+from PIL import Image
+
+from coser import __version__
+from coser.cameras import ELEVATION
+from coser.pipeline import CoSERPipeline, MultiviewStep
+from coser.reconstruction import Mesh, reconstruct, save_glb
+from coser.views import ViewSet, picture_grid, views_to_uint8
+
+log = logging.getLogger("coser")
+
+SMALL = Path(__file__).parent / "checkpoints" / "small"
+PROMPT_LENGTH = (1, 500)  # characters; the text encoder reads the first 256 tokens anyway
+NUM_VIEWS = (4, 24)
+GUIDANCE_SCALE = (1.0, 12.0)
+NUM_INFERENCE_STEPS = (1, 50)
+ELEVATIONS = (0.0, 30.0)
+SEED = (0, 2**31 - 1)
+TILE = 256  # pixels a side of one view in the grid, so that previews and the result cover the same place on the screen
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What a visitor asks for. Every field is checked on construction; ValueError names field, value and what is allowed.
+
+    prompt: 1 to 500 characters after trimming. num_views: 4 to 24, a closed ring. guidance_scale: 1 to 12.
+    num_inference_steps: 1 to 50. elevation: 0 to 30 degrees. seed: 0 to 2**31 - 1; with `randomize_seed` it is drawn
+    anew and the drawn one is reported back. negative_prompt: at most 500 characters.
+    """
+
+    prompt: str
+    num_views: int = 12
+    guidance_scale: float = 4.0
+    num_inference_steps: int = 20
+    elevation: float = ELEVATION
+    seed: int = 0
+    randomize_seed: bool = False
+    negative_prompt: str = ""
+
+    def __post_init__(self):
+        checked = {
+            "prompt": _text("prompt", self.prompt, *PROMPT_LENGTH),
+            "num_views": _whole("num_views", self.num_views, *NUM_VIEWS),
+            "guidance_scale": _number("guidance_scale", self.guidance_scale, *GUIDANCE_SCALE),
+            "num_inference_steps": _whole("num_inference_steps", self.num_inference_steps, *NUM_INFERENCE_STEPS),
+            "elevation": _number("elevation", self.elevation, *ELEVATIONS),
+            "seed": _whole("seed", self.seed, *SEED),
+            "negative_prompt": _text("negative_prompt", self.negative_prompt, 0, PROMPT_LENGTH[1]),
+        }
+        if not isinstance(self.randomize_seed, bool):
+            raise ValueError(f"randomize_seed must be true or false, got {_shown(self.randomize_seed)}")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def with_drawn_seed(self) -> "GenerationRequest":
+        """The request with its seed decided: drawn from the whole range where `randomize_seed` asks for it."""
+        if not self.randomize_seed:
+            return self
+        return replace(self, seed=secrets.randbelow(SEED[1] + 1), randomize_seed=False)
+
+
+@dataclass(frozen=True)
+class GenerationUpdate:
+    """One moment of a run.
+
+    stage: "waiting", "denoising", "reconstructing", "done" or "stopped". step of total: denoising steps finished.
+    percent: 0 to 100 of the whole run. seconds_left: an estimate, None while there is nothing to estimate from.
+    picture: the grid of views so far, None before the first step. glb, run_file: paths, set when "done".
+    """
+
+    stage: str
+    step: int
+    total: int
+    percent: int
+    seconds_left: float | None
+    seed: int
+    message: str
+    picture: Image.Image | None = None
+    glb: Path | None = None
+    run_file: Path | None = None
+
+    def status(self) -> dict:
+        """What a progress line shows, as plain JSON values."""
+        left = None if self.seconds_left is None else round(self.seconds_left, 1)
+        return {"stage": self.stage, "step": self.step, "total": self.total, "percent": self.percent,
+                "seconds_left": left, "seed": self.seed, "message": self.message}
+
+
+class Studio:
+    """One loaded pipeline and the lane that serialises its runs.
+
+    checkpoint: a folder in diffusers layout (or a hub id). device: "cpu", "cuda", ...; None takes CUDA where there is
+    one. The first log line says what was decided and why. Any number of threads may call `generate`: runs wait for
+    each other, since they share the weights and the processor, and nothing else is shared.
+    """
+
+    def __init__(self, checkpoint: str | Path = SMALL, device: str | None = None):
+        began = time.perf_counter()
+        self.device, device_reason = choose_device(device)
+        self.dtype, dtype_reason = choose_dtype(self.device)
+        self.checkpoint = str(checkpoint)
+        if Path(checkpoint) == SMALL and not (SMALL / "model_index.json").is_file():
+            raise ValueError(f"checkpoint must be a folder with a model_index.json, got {checkpoint}")
+        self.pipeline = CoSERPipeline.from_pretrained(checkpoint, torch_dtype=self.dtype).to(self.device)
+        self._lane = threading.Lock()
+        self._finish_seconds = 2.0  # what reconstruction took last time; the first run's estimate starts from this
+        source = "the shipped one" if Path(checkpoint) == SMALL else "as asked"
+        log.info("device %s (%s), dtype %s (%s), checkpoint %s (%s), loaded in %.1f s", self.device, device_reason,
+                 str(self.dtype).removeprefix("torch."), dtype_reason, checkpoint, source, time.perf_counter() - began)
+
+    def generate(self, request: GenerationRequest, glb: Path,
+                 should_stop: Callable[[], bool] = lambda: False) -> Iterator[GenerationUpdate]:
+        """Draw the views, build the mesh, write `glb` and, beside it, the views (.png) and the run's settings (.json).
+
+        Yields an update at once, one after every denoising step, one when reconstruction starts and one at the end.
+        `should_stop` is asked between steps; a stopped run ends with stage "stopped" and writes nothing.
+        Raises ValueError when the views hold nothing that a mesh could be made of.
+        """
+        run = _Run(request.with_drawn_seed(), self._finish_seconds)
+        yield run.update("waiting", "Waiting for the run before this one" if self._lane.locked() else "Starting")
+        while not self._lane.acquire(timeout=0.2):
+            if should_stop():
+                yield run.stopped()
+                return
+        try:  # released however the run ends, also when the reader goes away in the middle
+            yield from self._generate(run, Path(glb), should_stop)
+        finally:
+            self._lane.release()
+
+    def _generate(self, run: "_Run", glb: Path, should_stop: Callable[[], bool]) -> Iterator[GenerationUpdate]:
+        last = None
+        for step in self._stream(run.request):
+            last = step
+            run.count(step, grid(step.views))
+            yield run.update("denoising", f"Drawing the views, step {step.index} of {step.total}")
+            if should_stop():
+                yield run.stopped()
+                return
+        yield run.update("reconstructing", "Building the mesh from the views")
+        began = time.perf_counter()
+        mesh = reconstruct(last.views, last.cameras)
+        run_file = self._write(run, mesh, last.views, glb, time.perf_counter() - began)
+        self._finish_seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - run.began
+        message = f"Done in {seconds:.0f} s: {len(mesh.faces):,} triangles, seed {run.request.seed}"
+        yield replace(run.update("done", message), percent=100, seconds_left=0.0, glb=glb, run_file=run_file)
+
+    def _stream(self, request: GenerationRequest) -> Iterator[MultiviewStep]:
+        return self.pipeline.stream(
+            request.prompt, num_views=request.num_views, elevation=request.elevation,
+            guidance_scale=request.guidance_scale, num_inference_steps=request.num_inference_steps,
+            negative_prompt=request.negative_prompt, generator=torch.Generator("cpu").manual_seed(request.seed))
+
+    def _write(self, run: "_Run", mesh: Mesh, views: ViewSet, glb: Path, reconstruct_seconds: float) -> Path:
+        settings = asdict(run.request)
+        versions = {"coser": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__,
+                    "python": platform.python_version()}
+        glb.parent.mkdir(parents=True, exist_ok=True)
+        save_glb(mesh, glb, extras={"prompt": run.request.prompt, "seed": run.request.seed, "settings": settings,
+                                    "versions": versions, "checkpoint": Path(self.checkpoint).name})
+        grid(views).save(glb.with_suffix(".png"))
+        record = {
+            "settings": settings, "versions": versions, "checkpoint": self.checkpoint, "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "seconds": {"steps": [round(s, 3) for s in run.step_seconds], "reconstruct": round(reconstruct_seconds, 3),
+                        "total": round(time.perf_counter() - run.began, 3)},
+            "mesh": {"vertices": len(mesh.vertices), "faces": len(mesh.faces)},
+        }
+        run_file = glb.with_suffix(".json")
+        run_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        return run_file
+
+
+class _Run:
+    """The clock of one run: which step it is at, what steps take, what is left."""
+
+    def __init__(self, request: GenerationRequest, finish_seconds: float):
+        self.request, self.finish_seconds = request, finish_seconds
+        self.step = 0
+        self.picture: Image.Image | None = None
+        self.step_seconds: list[float] = []
+        self.began = self.mark = time.perf_counter()
+
+    def count(self, step: MultiviewStep, picture: Image.Image) -> None:
+        now = time.perf_counter()
+        self.step, self.picture = step.index, picture
+        self.step_seconds.append(now - self.mark)
+        self.mark = now
+
+    def update(self, stage: str, message: str) -> GenerationUpdate:
+        total = self.request.num_inference_steps
+        left = None
+        if self.step_seconds:
+            steady = self.step_seconds[1:] or self.step_seconds  # the first step also pays for the text and for warming up
+            left = statistics.median(steady) * (total - self.step) + self.finish_seconds
+        percent = math.floor(100 * self.step / (total + 1))  # the mesh counts as one step more
+        return GenerationUpdate(stage, self.step, total, percent, left, self.request.seed, message,
+                                self.picture)
+
+    def stopped(self) -> GenerationUpdate:
+        total = self.request.num_inference_steps
+        kept = "The last views stay; no model was made." if self.step else "Nothing was drawn yet."
+        update = self.update("stopped", f"Stopped at step {self.step} of {total}. {kept}")
+        return replace(update, seconds_left=None)
+
+
+def grid(views: ViewSet) -> Image.Image:
+    """ViewSet => one picture of all views on white, TILE pixels a view whatever the views' own size."""
+    pictures = views_to_uint8(views)
+    sheet = picture_grid(pictures, gap=max(1, 2 * pictures.shape[1] // TILE))
+    scale = TILE / pictures.shape[1]
+    if scale == 1:
+        return sheet
+    return sheet.resize((round(sheet.width * scale), round(sheet.height * scale)), Image.Resampling.BICUBIC)
+
+
+def choose_device(device: str | None) -> tuple[torch.device, str]:
+    """The device to run on and why; ValueError when CUDA is asked for and missing."""
+    if device is None:
+        found = torch.cuda.is_available()
+        return torch.device("cuda" if found else "cpu"), "CUDA found" if found else "no CUDA here"
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that this machine has, got {device!r} without CUDA; cpu is allowed")
+    return torch.device(device), "as asked"
+
+
+def choose_dtype(device: torch.device) -> tuple[torch.dtype, str]:
+    """The weights' dtype on a device and why: bfloat16 where it is the quick one, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16, "CUDA"
+    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16, "the processor has AMX"
+    return torch.float32, "no quick bfloat16 here"
+
+
+def file_name(prompt: str, seed: int) -> str:
+    """A GLB's name that a person recognises in a downloads folder: "a-red-barrel-7.glb"."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-")
+    return f"{words or 'asset'}-{seed}.glb"
+
+
+def session_folder(session: str) -> Path:
+    """The folder of one visitor's session, made when missing; the name is a hash, since the session's comes from outside."""
+    folder = sessions_root() / sha256(session.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def sessions_root() -> Path:
+    return Path(tempfile.gettempdir()) / "coser-sessions"
+
+
+def remove_old_sessions(seconds: float = 86_400) -> None:
+    """Delete the session folders that nobody has written to for `seconds`."""
+    for folder in sessions_root().glob("*"):
+        if time.time() - folder.stat().st_mtime > seconds:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _text(name: str, value: object, shortest: int, longest: int) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be text, got {_shown(value)}")
+    text = " ".join(value.split())
+    if not shortest <= len(text) <= longest:
+        raise ValueError(f"{name} must have {shortest} to {longest} characters, got {len(text)}")
+    return text
+
+
+def _number(name: str, value: object, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {_shown(value)}")
+    return float(value)
+
+
+def _whole(name: str, value: object, low: int, high: int) -> int:
+    whole = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value == int(value)
+    if not whole or not low <= value <= high:
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {_shown(value)}")
+    return int(value)
+
+
+def _shown(value: object) -> str:
+    """A value for an error message, short whatever was sent."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
