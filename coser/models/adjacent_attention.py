@@ -6,6 +6,7 @@ Also home to the ring's neighbours and to the one multi-head attention that all 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,18 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int, mask: Tens
     mask: broadcastable to [b,heads,t,k]; boolean (True = may look) or a bias added to the scores.
     """
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (queries, keys, values))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    # torch's fused attention has a slow backward pass for short sequences on CPU: two to four times plain products
+    short = q.device.type == "cpu" and k.shape[2] <= 256 and torch.is_grad_enabled()
+    form = attend_plainly if short else F.scaled_dot_product_attention
+    return form(q, k, v, mask).transpose(1, 2).flatten(2)
+
+
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The definition of F.scaled_dot_product_attention: q [b,h,t,d], k and v [b,h,k,d], mask => [b,h,t,d]."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 def ring_neighbours(num_views: int) -> tuple[int, ...]:
