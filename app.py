@@ -31,18 +31,22 @@ THEME = gr.themes.Soft(
     font_mono=["ui-monospace", "monospace"]).set(
     body_background_fill="#faf8f5", block_shadow="none", block_border_width="1px",
     button_primary_background_fill="#c2410c", button_primary_background_fill_hover="#9a3412",
-    button_primary_text_color="white")
+    button_primary_text_color="white", block_title_background_fill="none", block_title_text_color="*body_text_color",
+    block_title_padding="0", block_title_text_weight="600", slider_color="#c2410c", button_primary_shadow="none",
+    button_secondary_shadow="none")
 CSS = """
 .gradio-container main {width: 100%; max-width: 1240px; margin: 0 auto}
-#title {padding: 0} #title h1 {margin: 0; font-size: 1.9rem; letter-spacing: -.02em} #title p {margin: 0; opacity: .7}
+.gradio-container .html-container {padding: 0} #title h1 {margin: 0; font-size: 1.9rem; letter-spacing: -.02em} #title p {margin: 0; opacity: .7}
 #ask {gap: 10px; align-items: stretch} #ask textarea, #ask input {font-size: 1.1rem; height: 100%}
-#examples .gallery {gap: 6px} #examples .gallery-item {border-radius: 999px; font-size: .85rem; padding: 2px 10px}
-#status {padding: 0} #status .words {display: flex; justify-content: space-between; gap: 12px; font-size: .95rem}
+#examples .gallery {gap: 6px} #examples .gallery-item {border-radius: 999px; padding: 4px 11px}
+#examples .gallery-item * {padding: 0; font-size: .85rem}
+#status .words {display: flex; justify-content: space-between; gap: 12px; font-size: .95rem}
 #status .words span {opacity: .75; white-space: nowrap; font-variant-numeric: tabular-nums}
 #status .track {height: 6px; margin-top: 8px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden}
 #status .bar {height: 100%; border-radius: 3px; background: #c2410c; transition: width .25s linear}
 #status .done .bar {background: #4d7c0f} #status .stopped .bar {background: #a8a29e}
 #views img {width: 100%; height: 100%; object-fit: contain}
+.heading {margin-bottom: -6px; font-size: .8rem; font-weight: 600; letter-spacing: .06em; text-transform: uppercase; opacity: .6}
 footer {opacity: .6}
 @media (max-width: 700px) {
   #ask > * {min-width: 0 !important} #ask #prompt {flex: 1 0 100%} #ask #go {flex: 3} #ask #stop {flex: 1}
@@ -155,13 +159,13 @@ def gpu_seconds(prompt, num_views, guidance_scale, num_inference_steps, *_) -> i
 
 def setting_inputs() -> list[gr.components.Component]:
     """The sliders, in the order of GenerationRequest's fields after the prompt."""
-    num_views = gr.Slider(*NUM_VIEWS, DEFAULTS.num_views, step=1, label="Views", info="a closed ring around the object",
+    num_views = gr.Slider(*NUM_VIEWS, DEFAULTS.num_views, step=1, label="Views", info="a ring around it",
                           elem_id="num-views")
     guidance_scale = gr.Slider(*GUIDANCE_SCALE, DEFAULTS.guidance_scale, step=0.5, label="Guidance",
-                               info="how strictly to follow the prompt", elem_id="guidance-scale")
+                               info="follow the prompt", elem_id="guidance-scale")
     steps = gr.Slider(*NUM_INFERENCE_STEPS, DEFAULTS.num_inference_steps, step=1, label="Steps",
-                      info="more is finer and slower", elem_id="steps")
-    elevation = gr.Slider(*ELEVATIONS, DEFAULTS.elevation, step=1, label="Elevation", info="degrees above the ground",
+                      info="finer, slower", elem_id="steps")
+    elevation = gr.Slider(*ELEVATIONS, DEFAULTS.elevation, step=1, label="Elevation", info="degrees up",
                           elem_id="elevation")
     with gr.Column(min_width=200):
         seed = gr.Number(DEFAULTS.seed, precision=0, minimum=SEED[0], maximum=SEED[1], label="Seed",
@@ -181,16 +185,20 @@ def build_app(studio: Studio) -> gr.Blocks:
                                 container=False, scale=6, max_lines=1, autofocus=True, elem_id="prompt")
             go = gr.Button("Generate", variant="primary", scale=1, min_width=110, elem_id="go")
             stop = gr.Button("Stop", scale=1, min_width=80, interactive=False, elem_id="stop")
-        examples = gr.Dataset(components=[prompt], samples=[[p] for p in PROMPTS.read_text("utf-8").splitlines()],
-                              show_label=False, samples_per_page=100, elem_id="examples")
+        samples = [[line] for line in PROMPTS.read_text("utf-8").splitlines()[:15]]  # two lines of a desktop
+        examples = gr.Dataset(components=[prompt], samples=samples, show_label=False, samples_per_page=len(samples),
+                              elem_id="examples")
         with gr.Accordion("Settings", open=False, elem_id="settings"), gr.Row():
             settings = setting_inputs()
         status = Status(status_line("idle", "Ready"), html_template=STATUS, elem_id="status")
         with gr.Row(elem_id="stage"):
-            views = gr.Image(label="Views", format="jpeg", interactive=False, height=470, min_width=320,
-                             buttons=["download", "fullscreen"], elem_id="views")
             with gr.Column(min_width=320):
-                model = gr.Model3D(label="3D model", height=412, clear_color=(1.0, 1.0, 1.0, 1.0), interactive=False,
+                gr.HTML("Views, all around", elem_classes="heading")
+                views = gr.Image(label="Views", show_label=False, format="jpeg", interactive=False, height=440,
+                                 buttons=["download", "fullscreen"], elem_id="views")
+            with gr.Column(min_width=320):
+                gr.HTML("3D model, drag to turn", elem_classes="heading")
+                model = gr.Model3D(label="3D model", show_label=False, height=386, clear_color=(1.0, 1.0, 1.0, 1.0), interactive=False,
                                    camera_position=(60, 75, None), elem_id="model")
                 download = gr.DownloadButton("Download GLB", interactive=False, elem_id="download")
 
@@ -198,7 +206,7 @@ def build_app(studio: Studio) -> gr.Blocks:
                                 api_visibility="private")
         chosen.then(None, js="() => document.getElementById('go').click()", api_visibility="private")
         seed = settings[-2]
-        quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        quiet = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
         started = gr.on([prompt.submit, go.click], desk.begin, [prompt, *settings],
                         [status, go, stop, model, download], preprocess=False, **quiet)
         drawn = started.success(spaces.GPU(duration=gpu_seconds)(desk.generate), [prompt, *settings],

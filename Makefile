@@ -1,0 +1,49 @@
+# `make demo` serves the app, `make test` runs the tests. Both first set up .venv, and only when something has changed.
+SHELL := /bin/bash
+PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3))
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -q
+MAMBA := mamba-ssm==2.3.2.post1
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+APT := apt-get -qq -o=Dpkg::Use-Pty=0
+export PYTHONUNBUFFERED := 1
+
+.PHONY: demo test clean
+
+demo: $(VENV)/ready-app
+	$(VENV)/bin/python app.py
+
+test: $(VENV)/ready-test
+	$(VENV)/bin/python -m pytest tests
+
+clean:
+	rm -rf $(VENV)
+
+# Debian keeps venv apart from python3; numpy's wheels need Python 3.11 or newer.
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: $(PYTHON)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call apt_install,python3-venv); }
+	$(PYTHON) -m venv $(VENV)
+
+# Without an NVIDIA card PyTorch's processor-only wheels save 3 GB, where their index can be reached.
+$(VENV)/ready-app: requirements.txt packages.txt | $(VENV)/bin/python
+	@$(call missing_packages,packages.txt)
+	@grep '^torch==' requirements.txt > $(VENV)/torch.txt; \
+	if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null && $(VENV)/bin/python -c \
+	"import urllib.request as u; u.urlopen('$(CPU_WHEELS)/torch/', timeout=5)" 2> /dev/null; \
+	then echo "$(PIP) torch (processor only)"; $(PIP) --extra-index-url $(CPU_WHEELS) -r $(VENV)/torch.txt; fi
+	$(PIP) -r requirements.txt
+	@touch $@
+
+# mamba-ssm without its CUDA part: pure Python, built in seconds; on CUDA its Triton kernels are there all the same.
+$(VENV)/ready-test: requirements-test.txt packages-test.txt $(VENV)/ready-app
+	@$(call missing_packages,packages-test.txt)
+	$(PIP) -r requirements-test.txt
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(PIP) --no-deps --no-build-isolation $(MAMBA)
+	@touch $@
+
+# Installs a file's Debian packages as root; says what is missing otherwise, and goes on: the tests name what they skip.
+missing_packages = if command -v dpkg > /dev/null; then for package in $$(cat $(1)); do \
+	dpkg -s $$package > /dev/null 2>&1 || { $(call apt_install,$$package); } || exit 1; done; fi
+apt_install = if [ "$$(id -u)" = 0 ]; then echo "apt-get install $(1)"; $(APT) update || true; \
+	DEBIAN_FRONTEND=noninteractive $(APT) install -y $(1) > /dev/null; else echo "missing: please run  sudo apt-get install $(1)"; fi
