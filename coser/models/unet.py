@@ -76,6 +76,12 @@ class MultiviewUNet(ModelMixin, ConfigMixin):
             raise ValueError(f"trajectory_window must be a positive odd number, got {trajectory_window}")
         if not 0 < trajectory_radius <= 1:
             raise ValueError(f"trajectory_radius must lie in (0, 1], got {trajectory_radius}")
+        positive = {"mixer_ratio": mixer_ratio, "mixer_head_size": mixer_head_size, "scan_ratio": scan_ratio,
+                    "scan_head_size": scan_head_size, "scan_state_size": scan_state_size,
+                    "scan_chunk_size": scan_chunk_size, "pool_window": pool_window}
+        for name, value in positive.items():
+            if value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         options = MixerOptions(mixers, mixer_ratio, mixer_head_size, scan_ratio, scan_head_size, scan_state_size,
                                scan_chunk_size, scan_order, scan_layout, pool_window)
         self.unet2d = UNet2DConditionModel.from_config(dict(unet))
