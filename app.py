@@ -60,13 +60,6 @@ STATUS = """<div class="line ${value.stage}" role="status" aria-live="polite">
 <div class="track"><div class="bar" style="width:${value.percent}%"></div></div></div>"""
 
 
-class Status(gr.HTML):
-    """The progress line: a dict of plain values, laid out in the browser by STATUS."""
-
-    def api_info(self) -> dict:
-        return {"type": "object", "description": "stage, step, total, percent, seconds_left, seed, message, figures"}
-
-
 class Desk:
     """What the page's events do, around one studio; visitors are told apart by their session."""
 
@@ -190,7 +183,7 @@ def build_app(studio: Studio) -> gr.Blocks:
                               elem_id="examples")
         with gr.Accordion("Settings", open=False, elem_id="settings"), gr.Row():
             settings = setting_inputs()
-        status = Status(status_line("idle", "Ready"), html_template=STATUS, elem_id="status")
+        status = gr.HTML(status_line("idle", "Ready"), html_template=STATUS, elem_id="status")
         with gr.Row(elem_id="stage"):
             with gr.Column(min_width=320):
                 gr.HTML("Views, all around", elem_classes="heading")

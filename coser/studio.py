@@ -20,6 +20,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from coser import __version__
@@ -37,6 +38,7 @@ GUIDANCE_SCALE = (1.0, 12.0)
 NUM_INFERENCE_STEPS = (1, 50)
 ELEVATIONS = (0.0, 30.0)
 SEED = (0, 2**31 - 1)
+HUB_ID = r"[\w.-]+/[\w.-]+"
 TILE = 256  # pixels a side of one view in the grid, so that previews and the result cover the same place on the screen
 
 
@@ -120,8 +122,8 @@ class Studio:
         self.device, device_reason = choose_device(device)
         self.dtype, dtype_reason = choose_dtype(self.device)
         self.checkpoint = str(checkpoint)
-        if Path(checkpoint) == SMALL and not (SMALL / "model_index.json").is_file():
-            raise ValueError(f"checkpoint must be a folder with a model_index.json, got {checkpoint}")
+        if not (Path(checkpoint) / "model_index.json").is_file() and not re.fullmatch(HUB_ID, str(checkpoint)):
+            raise ValueError(f"checkpoint must be a folder with a model_index.json or a hub id, got {checkpoint}")
         self.pipeline = CoSERPipeline.from_pretrained(checkpoint, torch_dtype=self.dtype).to(self.device)
         self._lane = threading.Lock()
         self._finish_seconds = 2.0  # what reconstruction took last time; the first run's estimate starts from this
@@ -227,12 +229,10 @@ class _Run:
 
 def grid(views: ViewSet) -> Image.Image:
     """ViewSet => one picture of all views on white, TILE pixels a view whatever the views' own size."""
-    pictures = views_to_uint8(views)
-    sheet = picture_grid(pictures, gap=max(1, 2 * pictures.shape[1] // TILE))
-    scale = TILE / pictures.shape[1]
-    if scale == 1:
-        return sheet
-    return sheet.resize((round(sheet.width * scale), round(sheet.height * scale)), Image.Resampling.BICUBIC)
+    if views.views.shape[-1] != TILE:
+        parts = (F.interpolate(t.float(), (TILE, TILE), mode="bilinear") for t in (views.views, views.masks, views.depths))
+        views = ViewSet(*parts)
+    return picture_grid(views_to_uint8(views))
 
 
 def choose_device(device: str | None) -> tuple[torch.device, str]:

@@ -1,0 +1,56 @@
+"""A pipeline for tests of what stands around one: it draws a coloured box under noise that fades from step to step."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from coser.cameras import Cameras
+from coser.pipeline import MultiviewStep
+from coser.rasterizer import render
+from coser.views import ViewSet
+
+CORNERS = torch.tensor([[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)])
+QUADS = ((0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3))
+FACES = torch.tensor([t for a, b, c, d in QUADS for t in ((a, b, c), (a, c, d))])
+COLORS = {"red": (0.8, 0.1, 0.1), "blue": (0.1, 0.2, 0.8)}
+NOTHING = "nothing"  # a prompt that draws empty views
+
+
+class DrawnPipeline:
+    """Has CoSERPipeline's `stream` and `to`; counts how many streams are open at once."""
+
+    def __init__(self):
+        self.open = self.most_open = 0
+        self.count = threading.Lock()
+
+    def to(self, *args, **kwargs) -> "DrawnPipeline":
+        return self
+
+    def stream(self, prompt: str, *, num_views: int, elevation: float, guidance_scale: float, num_inference_steps: int,
+               negative_prompt: str, generator: torch.Generator) -> Iterator[MultiviewStep]:
+        with self.count:
+            self.open += 1
+            self.most_open = max(self.most_open, self.open)
+        try:
+            cameras = Cameras.orbit(num_views, elevation)
+            views = box_views(prompt, cameras)
+            noise = torch.rand(num_views, 3, 64, 64, generator=generator)
+            for index in range(1, num_inference_steps + 1):
+                fade = index / num_inference_steps
+                small = ViewSet(*(F.avg_pool2d(t, 4) for t in (views.views, views.masks, views.depths)))
+                noisy = ViewSet(fade * small.views + (1 - fade) * noise, fade * small.masks + (1 - fade), small.depths)
+                yield MultiviewStep(index, num_inference_steps, views if fade == 1 else noisy, noise[None], cameras)
+        finally:
+            with self.count:
+                self.open -= 1
+
+
+def box_views(prompt: str, cameras: Cameras) -> ViewSet:
+    """256-pixel views of a box whose colour is the prompt's; empty ones for the prompt NOTHING."""
+    color = next((rgb for word, rgb in COLORS.items() if word in prompt), (0.5, 0.5, 0.5))
+    views = render(CORNERS * 0.5, FACES, torch.tensor(color).expand(len(FACES), 3, 3), cameras, 256, supersample=1)
+    return ViewSet(*(0 * t for t in (views.views, views.masks, views.depths))) if prompt == NOTHING else views

@@ -1,0 +1,102 @@
+"""Truths about the app's API and its wiring, over HTTP; the pipeline is drawn, the page and the queue are the real thing."""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import trimesh
+from drawn_pipeline import NOTHING, DrawnPipeline
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+import app
+from coser.pipeline import CoSERPipeline
+from coser.studio import Studio
+
+QUICK = {"num_views": 6, "num_inference_steps": 3, "randomize_seed": False, "api_name": "/generate"}
+
+
+@pytest.fixture(scope="module")
+def address():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CoSERPipeline, "from_pretrained", lambda *args, **kwargs: DrawnPipeline())
+        demo = app.build_app(Studio("tests/drawn", device="cpu"))
+    yield app.launch(demo, prevent_thread_lock=True, quiet=True)
+    demo.close()
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    return Client(address, verbose=False)
+
+
+def test_the_api_streams_grids_and_ends_with_a_glb(client):
+    job = client.submit("a red box", **QUICK)
+    picture, status, seed, glb = job.result(timeout=60)
+    grids = {Path(output[0]).read_bytes() for output in job.outputs() if output[0]}
+    assert len(grids) == 3 and Image.open(picture).width > 700
+    assert status["stage"] == "done" and status["percent"] == 100 and seed == 0
+    assert Path(glb).name == "a-red-box-0.glb" and trimesh.load(glb, force="mesh").is_watertight
+
+
+def test_a_prompt_alone_is_enough_for_the_api(client):
+    parameters = client.view_api(return_format="dict")["named_endpoints"]["/generate"]["parameters"]
+    assert [p["parameter_name"] for p in parameters] == [
+        "prompt", "num_views", "guidance_scale", "num_inference_steps", "elevation", "seed", "randomize_seed"]
+    assert all(p["parameter_has_default"] for p in parameters[1:])
+
+
+def test_generate_is_the_only_endpoint(client):
+    assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/generate"]
+
+
+@pytest.mark.parametrize("wrong, named", [
+    ({"prompt": ""}, "prompt"), ({"prompt": "x" * 10_000}, "prompt"), ({"prompt": None}, "prompt"),
+    ({"num_views": 99}, "num_views"), ({"num_views": "many"}, "num_views"), ({"guidance_scale": -3}, "guidance_scale"),
+    ({"num_inference_steps": 10**9}, "num_inference_steps"), ({"elevation": 90}, "elevation"), ({"seed": -1}, "seed"),
+])
+def test_wrong_values_end_in_a_message_and_the_app_lives_on(client, capfd, wrong, named):
+    with pytest.raises(AppError, match=named) as error:
+        client.predict(**({"prompt": "a red box"} | QUICK | wrong))
+    assert len(str(error.value)) < 300
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
+    assert client.predict("a red box", **QUICK)[1]["stage"] == "done"
+
+
+def test_views_that_hold_nothing_end_in_a_message(client, capfd):
+    with pytest.raises(AppError):
+        client.predict(NOTHING, **QUICK)
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_visitors_at_the_same_time_get_their_own_objects(address):
+    def visit(color):
+        return client_of(address).predict(f"a {color} box", **QUICK)
+
+    with ThreadPoolExecutor() as pool:
+        glbs = {color: pool.submit(visit, color) for color in ("red", "blue")}
+    for channel, color in ((0, "red"), (2, "blue")):
+        mesh = trimesh.load(glbs[color].result()[3], force="mesh")
+        assert mesh.visual.vertex_colors[:, :3].mean(0).argmax() == channel
+
+
+def test_the_lane_is_free_again_after_a_cancelled_call(address):
+    job = client_of(address).submit("a red box", **QUICK | {"num_inference_steps": 50})
+    next(iter(job))
+    job.cancel()
+    assert client_of(address).predict("a red box", **QUICK)[1]["stage"] == "done"
+
+
+def test_the_page_asks_nothing_of_other_servers(client, address):
+    import httpx
+
+    page = httpx.get(address).text
+    assert "fonts.googleapis.com/css" not in page
+    assert not re.search(r'"analytics_enabled":\s*true', page)
+
+
+def client_of(address):
+    return Client(address, verbose=False)

@@ -1,0 +1,120 @@
+"""The whole way in a browser: type a prompt, watch grids stream in, turn the object, download it and load it again."""
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trimesh
+from PIL import Image
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = ("--no-sandbox --disable-quic --disable-background-networking --use-gl=angle --use-angle=swiftshader "
+         "--enable-unsafe-swiftshader --ignore-gpu-blocklist").split()
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
+
+COLLECT_GRIDS = """() => { window.grids = new Set(); setInterval(() => {
+    const picture = document.querySelector('#views img'); if (picture && picture.complete) window.grids.add(picture.src)
+}, 20) }"""
+
+
+@pytest.fixture(scope="module")
+def address():
+    """The app as a person starts it, on the shipped checkpoint, on a port of its own choosing."""
+    root = Path(__file__).parent.parent
+    with subprocess.Popen([sys.executable, "app.py", "--device", "cpu"], cwd=root, text=True, stderr=subprocess.STDOUT,
+                          stdout=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as process:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if found := re.search(r"http://[\w.:]+", line):
+                break
+        else:
+            pytest.fail("the app did not start:\n" + "".join(said))
+        yield found[0]
+        process.terminate()
+
+
+@pytest.fixture
+def page(address):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(120_000)
+        page.asked_elsewhere = []
+        page.on("request", lambda request: page.asked_elsewhere.append(request.url)
+                if not request.url.startswith((address, "data:", "blob:")) else None)
+        page.goto(address)
+        page.wait_for_selector("#go:enabled")
+        yield page
+        browser.close()
+
+
+def test_a_prompt_becomes_an_object_that_turns_and_downloads(page, tmp_path):
+    page.click("#settings button")
+    for setting, value in (("num-views", "4"), ("steps", "4")):
+        page.fill(f"#{setting} input[type=number]", value)
+        page.press(f"#{setting} input[type=number]", "Tab")
+    page.evaluate(COLLECT_GRIDS)
+    page.fill("#prompt textarea, #prompt input", "a red barrel")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#status .done")
+    assert len(page.evaluate("[...window.grids]")) >= 3
+
+    canvas = page.wait_for_selector("#model canvas")
+    canvas.scroll_into_view_if_needed()
+    before = drawn(page, canvas)
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2 + 120, box["y"] + box["height"] / 2, steps=6)
+    page.mouse.up()
+    page.wait_for_timeout(500)
+    assert (np.abs(picture(canvas) - before).max(-1) > 30).mean() > 0.01
+
+    with page.expect_download() as download:
+        page.click("#download")
+    download.value.save_as(tmp_path / download.value.suggested_filename)
+    assert re.fullmatch(r"a-red-barrel-\d+\.glb", download.value.suggested_filename)
+    mesh = trimesh.load(tmp_path / download.value.suggested_filename, force="mesh")
+    assert mesh.is_watertight and len(mesh.faces) > 100
+    assert page.asked_elsewhere == []
+
+
+def test_stop_keeps_the_grid_and_says_where_it_stopped(page):
+    page.fill("#prompt textarea, #prompt input", "a green pine tree")
+    page.click("#go")
+    page.wait_for_selector("#views img")
+    page.click("#stop")
+    page.wait_for_selector("#status .stopped")
+    assert re.search(r"Stopped at step \d+ of 20", page.inner_text("#status"))
+    page.wait_for_selector("#go:enabled")
+    assert page.is_visible("#views img")
+
+
+def test_an_empty_prompt_is_answered_with_a_message(page):
+    page.click("#go")
+    page.wait_for_selector("text=Type what to make first")
+    assert page.is_enabled("#go")
+
+
+def picture(canvas) -> np.ndarray:
+    """What the canvas shows, [H,W,3] int."""
+    return np.asarray(Image.open(io.BytesIO(canvas.screenshot())).convert("RGB")).astype(int)
+
+
+def drawn(page, canvas) -> np.ndarray:
+    """The canvas once it shows an object: not one flat colour; fails when that does not happen."""
+    for _ in range(60):
+        shown = picture(canvas)
+        if (np.abs(shown - shown[0, 0]).max(-1) > 30).mean() > 0.02:
+            return shown
+        page.wait_for_timeout(250)
+    pytest.fail("the viewer stayed blank")

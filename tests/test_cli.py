@@ -1,0 +1,70 @@
+"""Truths about `python -m coser`: its files, its progress lines and its exit codes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import trimesh
+from drawn_pipeline import NOTHING, DrawnPipeline
+
+from coser.__main__ import main
+from coser.pipeline import CoSERPipeline
+
+QUICK = ["--num-views", "6", "--num-inference-steps", "3", "--checkpoint", "tests/drawn"]
+
+
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch, tmp_path):
+    monkeypatch.setattr(CoSERPipeline, "from_pretrained", lambda *args, **kwargs: DrawnPipeline())
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_prompt_becomes_a_glb_and_its_path_is_all_that_stdout_says(capsys, tmp_path):
+    assert main(["a red box", "-o", "box.glb", *QUICK]) == 0
+    out, err = capsys.readouterr()
+    assert out == "box.glb\n" and trimesh.load(tmp_path / "box.glb", force="mesh").is_watertight
+    assert "step 3 of 3" in err and "s left" in err and "100 %" in err and "Traceback" not in err
+
+
+def test_without_an_output_the_glb_is_named_after_prompt_and_drawn_seed(capsys, tmp_path):
+    assert main(["a red box", "--randomize-seed", *QUICK]) == 0
+    glb = tmp_path / capsys.readouterr().out.strip()
+    seed = json.loads(glb.with_suffix(".json").read_text())["settings"]["seed"]
+    assert glb.name == f"a-red-box-{seed}.glb"
+
+
+@pytest.mark.parametrize("arguments, named", [
+    ([""], "prompt"), (["a box", "--num-views", "3"], "num_views"), (["a box", "-o", "box.obj"], "output"),
+    (["a box", "-o", "missing/box.glb"], "output"), (["a box", "--elevation", "31"], "elevation"),
+])
+def test_wrong_arguments_exit_with_2_and_one_line_that_names_them(arguments, named, capsys):
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"coser: {named} must ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [
+    [NOTHING, *QUICK], ["a box", "--checkpoint", "not/a/checkpoint"],
+])
+def test_what_cannot_be_made_exits_with_1_and_a_message(arguments, capsys, tmp_path):
+    assert main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "coser: " in err and "Traceback" not in err
+    assert not list(tmp_path.glob("*.glb"))
+
+
+def test_an_interrupt_exits_with_130_and_leaves_no_file(monkeypatch, capsys, tmp_path):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(DrawnPipeline, "stream", interrupted)
+    assert main(["a red box", "-o", "box.glb", *QUICK]) == 130
+    assert "interrupted" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_importing_coser_loads_nothing_else():
+    loaded = "import sys; before = set(sys.modules); import coser; print(sorted(set(sys.modules) - before))"
+    path = f"import sys; sys.path.insert(0, {str(sys.modules['coser'].__path__[0] + '/..')!r}); "
+    assert subprocess.check_output([sys.executable, "-c", path + loaded], text=True).strip() == "['coser']"

@@ -1,0 +1,165 @@
+"""Truths about requests, runs and files; the pipeline is drawn, everything else is the real thing."""
+
+import json
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pygltflib
+import pytest
+import torch
+import trimesh
+from drawn_pipeline import NOTHING, DrawnPipeline, box_views
+
+from coser.cameras import Cameras
+from coser.pipeline import CoSERPipeline
+from coser.studio import TILE, GenerationRequest, Studio, file_name, grid, session_folder, sessions_root
+from coser.views import ViewSet
+
+REQUEST = GenerationRequest("a red box", num_views=6, num_inference_steps=3)
+
+
+@pytest.fixture
+def studio(monkeypatch):
+    monkeypatch.setattr(CoSERPipeline, "from_pretrained", lambda *args, **kwargs: DrawnPipeline())
+    return Studio("tests/drawn", device="cpu")
+
+
+@pytest.mark.parametrize("name, value, allowed", [
+    ("prompt", "  ", "1 to 500"), ("prompt", "x" * 10_000, "1 to 500"), ("prompt", 7, "text"),
+    ("num_views", 3, "4 to 24"), ("num_views", 25, "4 to 24"), ("num_views", 6.5, "4 to 24"),
+    ("num_views", "six", "4 to 24"), ("num_views", True, "4 to 24"), ("guidance_scale", 0.5, "1 to 12"),
+    ("guidance_scale", None, "1 to 12"), ("num_inference_steps", 0, "1 to 50"), ("num_inference_steps", 51, "1 to 50"),
+    ("elevation", float("nan"), "0 to 30"), ("elevation", -1, "0 to 30"), ("seed", -1, "0 to 2147483647"),
+    ("seed", float("inf"), "0 to 2147483647"), ("seed", 2**31, "0 to 2147483647"), ("randomize_seed", 1, "true or false"),
+])
+def test_wrong_request_names_argument_and_what_is_allowed(name, value, allowed):
+    with pytest.raises(ValueError, match=f"^{name} must .*{allowed}.*got") as error:
+        GenerationRequest(**{"prompt": "a red box", name: value})
+    assert len(str(error.value)) < 200
+
+
+def test_whole_numbers_that_arrive_as_floats_are_taken():
+    request = GenerationRequest(" a  red\nbox ", num_views=6.0, seed=3.0, elevation=10)
+    assert (request.prompt, request.num_views, request.seed) == ("a red box", 6, 3)
+    assert isinstance(request.num_views, int) and isinstance(request.seed, int)
+
+
+def test_a_run_streams_every_step_then_the_mesh_then_is_done(studio, tmp_path):
+    updates = list(studio.generate(REQUEST, tmp_path / "box.glb"))
+    assert [u.stage for u in updates] == ["waiting", *["denoising"] * 3, "reconstructing", "done"]
+    assert [u.step for u in updates] == [0, 1, 2, 3, 3, 3]
+    percents = [u.percent for u in updates]
+    assert percents == sorted(percents) and percents[0] == 0 and percents[-2] < 100 and percents[-1] == 100
+    assert all(u.seconds_left >= 0 for u in updates[1:])
+    pictures = [np.asarray(u.picture) for u in updates[1:4]]
+    assert all((a != b).any() for a, b in zip(pictures, pictures[1:]))
+    json.dumps([u.status() for u in updates])
+
+
+def test_done_means_a_watertight_coloured_glb_that_tells_how_it_was_made(studio, tmp_path):
+    done = list(studio.generate(REQUEST, tmp_path / "box.glb"))[-1]
+    mesh = trimesh.load(done.glb, force="mesh")
+    assert mesh.is_watertight and len(mesh.faces) > 100
+    red, green, blue = np.asarray(mesh.visual.vertex_colors)[:, :3].mean(0)
+    assert red > 2 * max(green, blue)
+    extras = pygltflib.GLTF2().load(str(done.glb)).asset.extras
+    assert extras["prompt"] == "a red box" and extras["seed"] == 0 and extras["settings"]["num_views"] == 6
+    record = json.loads(done.run_file.read_text())
+    assert GenerationRequest(**record["settings"]) == REQUEST
+    assert record["mesh"]["faces"] == len(mesh.faces) and len(record["seconds"]["steps"]) == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["box.glb", "box.json", "box.png"]
+
+
+def test_a_drawn_seed_is_reported_and_draws_the_same_again(studio, tmp_path):
+    def pictures(request):
+        updates = list(studio.generate(request, tmp_path / "box.glb"))
+        return updates[-1].seed, np.asarray(updates[1].picture)
+
+    seed, first = pictures(replace(REQUEST, randomize_seed=True))
+    same_seed, again = pictures(replace(REQUEST, seed=seed))
+    other_seed, other = pictures(replace(REQUEST, seed=seed ^ 1))
+    assert seed == same_seed and (first == again).all() and (first != other).any()
+
+
+def test_a_stopped_run_keeps_its_last_grid_writes_nothing_and_frees_the_lane(studio, tmp_path):
+    stop = threading.Event()
+    updates = []
+    for update in studio.generate(REQUEST, tmp_path / "box.glb", stop.is_set):
+        updates.append(update)
+        if update.step == 2:
+            stop.set()
+    last = updates[-1]
+    assert last.stage == "stopped" and last.step == 2 and "step 2 of 3" in last.message
+    assert last.picture is updates[-2].picture and last.glb is None and not list(tmp_path.iterdir())
+    assert list(studio.generate(REQUEST, tmp_path / "box.glb"))[-1].stage == "done"
+
+
+def test_a_run_whose_reader_goes_away_frees_the_lane(studio, tmp_path):
+    run = studio.generate(REQUEST, tmp_path / "box.glb")
+    next(run), next(run)
+    run.close()
+    assert studio.pipeline.open == 0
+    assert list(studio.generate(REQUEST, tmp_path / "box.glb"))[-1].stage == "done"
+
+
+def test_a_waiting_run_can_be_stopped(studio, tmp_path):
+    first = studio.generate(REQUEST, tmp_path / "first.glb")
+    next(first), next(first)
+    waiting = list(studio.generate(REQUEST, tmp_path / "second.glb", lambda: True))
+    assert [u.stage for u in waiting] == ["waiting", "stopped"] and "before" in waiting[0].message
+    first.close()
+
+
+def test_runs_at_the_same_time_take_turns_and_keep_their_files_apart(studio, tmp_path):
+    done = {}
+
+    def visit(color):
+        request = replace(REQUEST, prompt=f"a {color} box")
+        done[color] = list(studio.generate(request, tmp_path / color / "box.glb"))[-1]
+
+    visitors = [threading.Thread(target=visit, args=(color,)) for color in ("red", "blue")]
+    [v.start() for v in visitors], [v.join() for v in visitors]
+    assert studio.pipeline.most_open == 1
+    for channel, color in ((0, "red"), (2, "blue")):
+        mesh = trimesh.load(done[color].glb, force="mesh")
+        assert np.asarray(mesh.visual.vertex_colors)[:, :3].mean(0).argmax() == channel
+
+
+def test_views_that_hold_nothing_end_in_a_clear_error_and_a_free_lane(studio, tmp_path):
+    with pytest.raises(ValueError):
+        list(studio.generate(replace(REQUEST, prompt=NOTHING), tmp_path / "box.glb"))
+    assert list(studio.generate(REQUEST, tmp_path / "box.glb"))[-1].stage == "done"
+
+
+def test_previews_and_results_cover_the_same_picture():
+    full = box_views("a red box", Cameras.orbit(6))
+    small = ViewSet(*(torch.nn.functional.avg_pool2d(t, 4) for t in (full.views, full.masks, full.depths)))
+    assert grid(full).width >= 3 * TILE
+    assert grid(full).size == grid(small).size
+
+
+def test_first_log_line_gives_device_dtype_scan_and_checkpoint_with_reasons(monkeypatch, caplog):
+    monkeypatch.setattr(CoSERPipeline, "from_pretrained", lambda *args, **kwargs: DrawnPipeline())
+    with caplog.at_level("INFO", logger="coser"):
+        Studio("tests/drawn", device="cpu")
+    line = caplog.records[0].getMessage()
+    assert all(word in line for word in ("device cpu (as asked)", "dtype ", "scan ", "checkpoint tests/drawn (as asked)"))
+
+
+def test_unusable_checkpoints_and_devices_are_named():
+    with pytest.raises(ValueError, match="checkpoint must be"):
+        Studio("no/such/folder")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device must be"):
+            Studio("tests/drawn", device="cuda")
+
+
+def test_session_names_cannot_leave_the_sessions_folder():
+    for name in ("../../etc", "/etc", "", "a" * 10_000):
+        assert session_folder(name).parent == sessions_root()
+
+
+def test_file_names_are_readable_and_safe():
+    assert file_name("A Red, rusty barrel!", 7) == "a-red-rusty-barrel-7.glb"
+    assert file_name("../../赤い", 1) == "asset-1.glb"
