@@ -86,7 +86,8 @@ class RapidGlance(nn.Module):
     """Gated Mamba-2 layer over N views; half of its heads scan forwards, half backwards.
 
     forward: tokens [B*N,T,C], num_views => [B*N,T,C], to be added to the tokens; linear in N*T. It differs from
-    Mamba-2's layer in having no short convolution (the UNet's own mix neighbours in 2D) and LayerNorm for RMSNorm.
+    Mamba-2's layer in having no short convolution (the UNet's own mix neighbours in 2D), no skip (the block has one) and
+    LayerNorm for RMSNorm.
     """
 
     def __init__(self, channels: int, inner: int, head_size: int = 64, state_size: int = 32, chunk_size: int = 64,
@@ -105,7 +106,6 @@ class RapidGlance(nn.Module):
         # inverse softplus of step sizes between 0.001 and 0.1, as in Mamba
         step = torch.exp(torch.empty(self.heads).uniform_(math.log(1e-3), math.log(1e-1)))
         self.step_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))
-        self.skip = nn.Parameter(torch.ones(inner))
         self.norm_out = nn.LayerNorm(inner)
         self.to_out = nn.Linear(inner, channels, bias=False)
         nn.init.zeros_(self.to_out.weight)
@@ -127,5 +127,4 @@ class RapidGlance(nn.Module):
             .view(b, length, 2, -1).split([s, s, self.heads // 2], -1)
         dt = F.softplus(dt.flatten(2).float() + self.step_bias.float())
         y = scan(x.view(b, length, self.heads, self.head_size), dt, -self.rate_log.float().exp(), B, C, self.chunk_size)
-        y = _Reorder.apply(y.reshape(b, length * 2, inner // 2), way_back, rows).view(b, length, inner)
-        return torch.addcmul(y, values, self.skip.to(y.dtype))
+        return _Reorder.apply(y.reshape(b, length * 2, inner // 2), way_back, rows).view(b, length, inner)

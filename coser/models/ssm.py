@@ -49,56 +49,72 @@ def scan_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_s
     size = min(chunk_size, length)
     chunks = math.ceil(length / size)
     pad = chunks * size - length
-    decay_dtype = torch.promote_types(dt.dtype, torch.float32)
-    dt = dt.to(decay_dtype)
-    if pad:  # dt = 0 neither decays nor writes, so padded positions change nothing
+    dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
+    # a step's size joins its decay in the exponent, where it costs nothing
+    log_dt = dt.clamp_min(torch.finfo(dt.dtype).tiny).log()
+    if pad:  # a step of size 0 neither decays nor writes, so padded positions change nothing
         x, B, C = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (x, B, C))
-        dt = F.pad(dt, (0, 0, 0, pad))
+        dt, log_dt = F.pad(dt, (0, 0, 0, pad)), F.pad(log_dt, (0, 0, 0, pad), value=-1e4)
 
-    per_group = heads // groups
-    split = (b, chunks, size, groups)
-    steps = dt.view(b, chunks, size, heads).permute(0, 1, 3, 2)  # [b,c,h,q]
-    log_decay = (steps * A.to(decay_dtype)[:, None]).cumsum(-1)
-    total = log_decay[..., -1]  # [b,c,h]
-    values = (x * dt[..., None].to(x.dtype)).view(*split, per_group, p).permute(0, 1, 3, 4, 2, 5)  # [b,c,g,h/g,q,p]
-    B = B.view(*split, s).transpose(2, 3)  # [b,c,g,q,s]
-    C = C.view(*split, s).transpose(2, 3)
+    split = (b, chunks, size, groups, heads // groups)
+    per_step = split[:2] + split[3:] + (size,)  # [b,c,g,h/g,q]
+    decay = (dt * A.to(dt.dtype)).view(b, chunks, size, heads).transpose(2, 3).cumsum(-1).view(per_step)
+    written = decay - log_dt.view(b, chunks, size, heads).transpose(2, 3).view(per_step)
+    total = decay[..., -1]  # [b,c,g,h/g]
+    values = x.view(*split, p).permute(0, 1, 3, 4, 2, 5)  # [b,c,g,h/g,q,p]
+    B, C = (t.view(*split[:4], 1, s).permute(0, 1, 3, 4, 2, 5) for t in (B, C))  # [b,c,g,1,q,s]
 
-    # inside a chunk: a masked attention whose mask is the decay between two positions
-    inside = _decay_between(log_decay).view(b, chunks, groups, per_group, size, size)
-    mixed = (C @ B.transpose(-1, -2)).unsqueeze(3) * inside.to(x.dtype)
-    y = mixed @ values
-
+    # inside a chunk: an attention whose weights also decay between the two positions
+    y = _DecayedScores.apply(C @ B.transpose(-1, -2), decay, written) @ values
     if chunks > 1:
-        # what a chunk leaves behind, carried to the start of every later chunk
-        to_end = torch.exp(total[..., None] - log_decay).view(b, chunks, groups, per_group, size, 1)
-        left = B.transpose(-1, -2).unsqueeze(3) @ (values * to_end.to(x.dtype))  # [b,c,g,h/g,s,p]
-        between = _decay_between(total.transpose(1, 2).cumsum(-1))  # [b,h,c,c]
-        # shifted by one: the state entering chunk i is the sum over chunks before i, decayed over those between
-        between = F.pad(between[:, :, :-1], (0, 0, 1, 0)).to(x.dtype)
-        left = left.view(b, chunks, heads, s * p).transpose(1, 2)
-        entering = (between @ left).transpose(1, 2).reshape(b, chunks, groups, per_group, s, p)
-        from_start = torch.exp(log_decay).view(b, chunks, groups, per_group, size, 1)
-        y = y + (C.unsqueeze(3) @ entering) * from_start.to(x.dtype)
+        # what a chunk leaves behind at its end, summed over all earlier chunks with the decays of those between
+        to_end = torch.exp(total[..., None] - written)[..., None].to(x.dtype)
+        left = ((B * to_end).transpose(-1, -2) @ values).view(b, chunks, heads, s * p).transpose(1, 2)
+        entering = (_decay_before(total.view(b, chunks, heads).transpose(1, 2)).to(x.dtype) @ left).transpose(1, 2)
+        from_start = torch.exp(decay)[..., None].to(x.dtype)
+        y = y + (C * from_start) @ entering.reshape(*per_step[:4], s, p)
 
     y = y.permute(0, 1, 4, 2, 3, 5).reshape(b, chunks * size, heads, p)
     return y[:, :length] if pad else y
 
 
-def _decay_between(cumulative: Tensor) -> Tensor:
-    """Cumulative log decays [...,q] => exp(sum over j < k <= i) at [...,i,j], 0 above the diagonal.
+class _DecayedScores(torch.autograd.Function):
+    """scores [...,1,q,q], decay and written [...,h,q] => scores_ij exp(decay_i - written_j) for j <= i, else 0.
 
-    Masked before the exponential: above the diagonal it could overflow, and infinity times 0 has no gradient.
+    The largest tensors of the scan: written out, so that they are passed over few times and kept in scores' dtype.
     """
-    size = cumulative.shape[-1]
-    later = _later(size, cumulative.device)
-    return (cumulative[..., :, None] - cumulative[..., None, :]).masked_fill(later, -math.inf).exp()
+
+    @staticmethod
+    def forward(ctx, scores: Tensor, decay: Tensor, written: Tensor) -> Tensor:
+        # masked before the exponential: above the diagonal it could overflow, and infinity times 0 is not a number
+        later = _later(decay.shape[-1], decay.device)
+        between = (decay[..., :, None] - written[..., None, :]).masked_fill_(later, -math.inf).exp_().to(scores.dtype)
+        decayed = scores * between
+        ctx.save_for_backward(between, decayed)
+        ctx.dtype = decay.dtype
+        return decayed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        between, decayed = ctx.saved_tensors
+        exponent = gradient * decayed
+        return ((gradient * between).sum(-3, keepdim=True),
+                exponent.sum(-1, dtype=ctx.dtype), -exponent.sum(-2, dtype=ctx.dtype))
+
+
+def _decay_before(total: Tensor) -> Tensor:
+    """Each chunk's log decay [...,c] => how much of what chunk j left is there when chunk i starts, [...,i,j]; 0 for j >= i."""
+    ends = total.cumsum(-1)
+    starts = ends - total
+    later = _later(total.shape[-1], total.device, diagonal=0)
+    return (starts[..., :, None] - ends[..., None, :]).masked_fill(later, -math.inf).exp()
 
 
 @functools.lru_cache(maxsize=32)
-def _later(size: int, device: torch.device) -> Tensor:
+def _later(size: int, device: torch.device, diagonal: int = 1) -> Tensor:
     with torch.inference_mode(False):
-        return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
+        return torch.ones(size, size, dtype=torch.bool, device=device).triu(diagonal)
 
 
 def scan_backend(device: torch.device) -> str:
