@@ -3,7 +3,9 @@ SHELL := /bin/bash
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3))
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -q
-MAMBA := mamba-ssm==2.3.2.post1
+# mamba-ssm without its CUDA part: pure Python, built in seconds; its Triton kernels are there all the same. The app uses
+# them on CUDA, the tests its plain PyTorch reference.
+INSTALL_MAMBA := MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(PIP) --no-deps --no-build-isolation mamba-ssm==2.3.2.post1
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 APT := apt-get -qq -o=Dpkg::Use-Pty=0
 export PYTHONUNBUFFERED := 1
@@ -33,13 +35,13 @@ $(VENV)/ready-app: requirements.txt packages.txt | $(VENV)/bin/python
 	"import urllib.request as u; u.urlopen('$(CPU_WHEELS)/torch/', timeout=5)" 2> /dev/null; \
 	then echo "$(PIP) torch (processor only)"; $(PIP) --extra-index-url $(CPU_WHEELS) -r $(VENV)/torch.txt; fi
 	$(PIP) -r requirements.txt
+	@if command -v nvidia-smi > /dev/null; then $(INSTALL_MAMBA); fi
 	@touch $@
 
-# mamba-ssm without its CUDA part: pure Python, built in seconds; on CUDA its Triton kernels are there all the same.
 $(VENV)/ready-test: requirements-test.txt packages-test.txt $(VENV)/ready-app
 	@$(call missing_packages,packages-test.txt)
 	$(PIP) -r requirements-test.txt
-	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(PIP) --no-deps --no-build-isolation $(MAMBA)
+	$(INSTALL_MAMBA)
 	@touch $@
 
 # Installs a file's Debian packages as root; says what is missing otherwise, and goes on: the tests name what they skip.

@@ -63,18 +63,21 @@ STATUS = """<div class="line ${value.stage}" role="status" aria-live="polite">
 class Desk:
     """What the page's events do, around one studio; visitors are told apart by their session."""
 
-    def __init__(self, studio: Studio):
-        self.studio = studio
+    def __init__(self, studio: Studio, root: Path):
+        self.studio, self.root = studio, root
         self.line: set[str] = set()  # the sessions that draw or wait to draw
+
+    def folder(self, request: gr.Request) -> Path:
+        return session_folder(self.root, request.session_hash or "")
 
     def begin(self, prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed,
               request: gr.Request):
         """Check the values at once, before any waiting; then clear the stage and turn the buttons round."""
         checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed)
         if request.session_hash in self.line:
-            raise gr.Error("One at a time: press Stop first.", title="Still drawing", print_exception=False)
-        (session_folder(request.session_hash) / STOP).unlink(missing_ok=True)
-        remove_old_sessions()
+            raise gr.Error("One at a time: press Stop first.", print_exception=False)
+        (self.folder(request) / STOP).unlink(missing_ok=True)
+        remove_old_sessions(self.root)
         ahead = len(self.line)
         self.line.add(request.session_hash)
         message = f"Waiting for {ahead} other visitor{'s' if ahead > 1 else ''}" if ahead else "Starting"
@@ -90,17 +93,17 @@ class Desk:
         """
         asked = checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed)
         asked = asked.with_drawn_seed()
-        folder = session_folder(request.session_hash or "")
+        folder = self.folder(request)
         glb = Path(tempfile.mkdtemp(prefix="run-", dir=folder)) / file_name(asked.prompt, asked.seed)
         try:
             for update in self.studio.generate(asked, glb, (folder / STOP).exists):
                 yield update.picture, with_figures(update.status()), update.seed, update.glb and str(update.glb)
         except ValueError as error:
-            raise gr.Error(str(error), title="No model could be made", print_exception=False) from error
+            raise gr.Error(str(error), print_exception=False) from error
 
     def stop(self, request: gr.Request):
         """Ask the session's run to end after the step it is in."""
-        (session_folder(request.session_hash) / STOP).touch()
+        (self.folder(request) / STOP).touch()
         return gr.Button(interactive=False)
 
     def finish(self, status: dict, glb: str | None, request: gr.Request):
@@ -115,18 +118,18 @@ class Desk:
         """A visitor closed the page: a run of theirs must not keep the others waiting."""
         if request.session_hash in self.line:
             self.line.discard(request.session_hash)
-            (session_folder(request.session_hash) / STOP).touch()
+            (self.folder(request) / STOP).touch()
 
 
 def checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed) -> GenerationRequest:
     """The page's values as a request; what is wrong with them becomes a message for the visitor."""
     if isinstance(prompt, str) and not prompt.strip():
         raise gr.Error("Type what to make first, for example: a red barrel. (prompt must not be empty)",
-                       title="Nothing to draw yet", print_exception=False)
+                       print_exception=False)
     try:
         return GenerationRequest(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed)
     except ValueError as error:
-        raise gr.Error(html.escape(str(error), quote=False), title="That cannot be drawn", print_exception=False) from error
+        raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
 
 
 def status_line(stage: str, message: str) -> dict:
@@ -167,9 +170,9 @@ def setting_inputs() -> list[gr.components.Component]:
     return [num_views, guidance_scale, steps, elevation, seed, randomize]
 
 
-def build_app(studio: Studio) -> gr.Blocks:
-    """The page around a loaded studio; nothing starts until `launch`."""
-    desk = Desk(studio)
+def build_app(studio: Studio, root: Path) -> gr.Blocks:
+    """The page around a loaded studio, visitors' files under `root`; nothing starts until `launch`."""
+    desk = Desk(studio, root)
     with gr.Blocks(title="CoSER · a sentence becomes a 3D asset", delete_cache=(3600, 86_400)) as demo:
         gr.HTML("<h1>CoSER</h1><p>Type a sentence, watch its views appear, turn the object, take it home.</p>",
                 elem_id="title")
@@ -221,7 +224,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    launch(build_app(Studio(args.checkpoint, args.device)), server_name=args.host, server_port=args.port)
+    with tempfile.TemporaryDirectory(prefix="coser-") as root:
+        launch(build_app(Studio(args.checkpoint, args.device), Path(root)), server_name=args.host, server_port=args.port)
 
 
 def launch(demo: gr.Blocks, **options) -> str:

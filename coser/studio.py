@@ -10,7 +10,6 @@ import re
 import secrets
 import shutil
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +24,8 @@ from PIL import Image
 
 from coser import __version__
 from coser.cameras import ELEVATION
-from coser.pipeline import CoSERPipeline, MultiviewStep
+from coser.models.ssm import scan_backend
+from coser.pipeline import ELEVATIONS, NUM_VIEWS, CoSERPipeline, MultiviewStep
 from coser.reconstruction import Mesh, reconstruct, save_glb
 from coser.views import ViewSet, picture_grid, views_to_uint8
 
@@ -33,10 +33,8 @@ log = logging.getLogger("coser")
 
 SMALL = Path(__file__).parent / "checkpoints" / "small"
 PROMPT_LENGTH = (1, 500)  # characters; the text encoder reads the first 256 tokens anyway
-NUM_VIEWS = (4, 24)
 GUIDANCE_SCALE = (1.0, 12.0)
 NUM_INFERENCE_STEPS = (1, 50)
-ELEVATIONS = (0.0, 30.0)
 SEED = (0, 2**31 - 1)
 HUB_ID = r"[\w.-]+/[\w.-]+"
 TILE = 256  # pixels a side of one view in the grid, so that previews and the result cover the same place on the screen
@@ -125,33 +123,38 @@ class Studio:
         if not (Path(checkpoint) / "model_index.json").is_file() and not re.fullmatch(HUB_ID, str(checkpoint)):
             raise ValueError(f"checkpoint must be a folder with a model_index.json or a hub id, got {checkpoint}")
         self.pipeline = CoSERPipeline.from_pretrained(checkpoint, torch_dtype=self.dtype).to(self.device)
-        self._lane = threading.Lock()
+        self.lane = threading.Lock()
         self._finish_seconds = 2.0  # what reconstruction took last time; the first run's estimate starts from this
         source = "the shipped one" if Path(checkpoint) == SMALL else "as asked"
-        log.info("device %s (%s), dtype %s (%s), checkpoint %s (%s), loaded in %.1f s", self.device, device_reason,
-                 str(self.dtype).removeprefix("torch."), dtype_reason, checkpoint, source, time.perf_counter() - began)
+        scan = scan_backend(self.device)
+        scan_reason = "mamba_ssm's kernels load" if scan == "triton" else "no CUDA with triton and mamba_ssm"
+        log.info("device %s (%s), dtype %s (%s), scan %s (%s), checkpoint %s (%s), loaded in %.1f s", self.device,
+                 device_reason, str(self.dtype).removeprefix("torch."), dtype_reason, scan, scan_reason, checkpoint, source,
+                 time.perf_counter() - began)
 
     def generate(self, request: GenerationRequest, glb: Path,
                  should_stop: Callable[[], bool] = lambda: False) -> Iterator[GenerationUpdate]:
         """Draw the views, build the mesh, write `glb` and, beside it, the views (.png) and the run's settings (.json).
 
-        Yields an update at once, one after every denoising step, one when reconstruction starts and one at the end.
+        Yields an update at once, one with the starting noise, one after every denoising step, one when reconstruction starts and one at the end.
         `should_stop` is asked between steps; a stopped run ends with stage "stopped" and writes nothing.
         Raises ValueError when the views hold nothing that a mesh could be made of.
         """
         run = _Run(request.with_drawn_seed(), self._finish_seconds)
-        yield run.update("waiting", "Waiting for the run before this one" if self._lane.locked() else "Starting")
-        while not self._lane.acquire(timeout=0.2):
+        yield run.update("waiting", "Waiting for the run before this one" if self.lane.locked() else "Starting")
+        while not self.lane.acquire(timeout=0.2):
             if should_stop():
                 yield run.stopped()
                 return
         try:  # released however the run ends, also when the reader goes away in the middle
             yield from self._generate(run, Path(glb), should_stop)
         finally:
-            self._lane.release()
+            self.lane.release()
 
     def _generate(self, run: "_Run", glb: Path, should_stop: Callable[[], bool]) -> Iterator[GenerationUpdate]:
         last = None
+        run.picture = grid(self._starting_noise(run.request))
+        yield run.update("denoising", "Starting from noise")
         for step in self._stream(run.request):
             last = step
             run.count(step, grid(step.views))
@@ -168,11 +171,17 @@ class Studio:
         message = f"Done in {seconds:.0f} s: {len(mesh.faces):,} triangles, seed {run.request.seed}"
         yield replace(run.update("done", message), percent=100, seconds_left=0.0, glb=glb, run_file=run_file)
 
+    def _starting_noise(self, request: GenerationRequest) -> ViewSet:
+        """What the noise that the run starts from looks like: on the screen before the first step is done."""
+        with torch.no_grad():
+            latents = self.pipeline.prepare_latents(request.num_views, generator_of(request))
+            return self.pipeline.latents_to_views(latents, preview=True)
+
     def _stream(self, request: GenerationRequest) -> Iterator[MultiviewStep]:
         return self.pipeline.stream(
             request.prompt, num_views=request.num_views, elevation=request.elevation,
             guidance_scale=request.guidance_scale, num_inference_steps=request.num_inference_steps,
-            negative_prompt=request.negative_prompt, generator=torch.Generator("cpu").manual_seed(request.seed))
+            negative_prompt=request.negative_prompt, generator=generator_of(request))
 
     def _write(self, run: "_Run", mesh: Mesh, views: ViewSet, glb: Path, reconstruct_seconds: float) -> Path:
         settings = asdict(run.request)
@@ -227,6 +236,11 @@ class _Run:
         return replace(update, seconds_left=None)
 
 
+def generator_of(request: GenerationRequest) -> torch.Generator:
+    """The request's own source of noise; on the CPU, so that a seed means the same noise on every device."""
+    return torch.Generator("cpu").manual_seed(request.seed)
+
+
 def grid(views: ViewSet) -> Image.Image:
     """ViewSet => one picture of all views on white, TILE pixels a view whatever the views' own size."""
     if views.views.shape[-1] != TILE:
@@ -260,20 +274,16 @@ def file_name(prompt: str, seed: int) -> str:
     return f"{words or 'asset'}-{seed}.glb"
 
 
-def session_folder(session: str) -> Path:
-    """The folder of one visitor's session, made when missing; the name is a hash, since the session's comes from outside."""
-    folder = sessions_root() / sha256(session.encode()).hexdigest()[:16]
+def session_folder(root: Path, session: str) -> Path:
+    """One visitor's folder under `root`, made when missing; its name is a hash, since the session's comes from outside."""
+    folder = root / sha256(session.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def sessions_root() -> Path:
-    return Path(tempfile.gettempdir()) / "coser-sessions"
-
-
-def remove_old_sessions(seconds: float = 86_400) -> None:
-    """Delete the session folders that nobody has written to for `seconds`."""
-    for folder in sessions_root().glob("*"):
+def remove_old_sessions(root: Path, seconds: float = 86_400) -> None:
+    """Delete the session folders under `root` that nothing has been added to for `seconds`."""
+    for folder in root.iterdir():
         if time.time() - folder.stat().st_mtime > seconds:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,10 +1,13 @@
-"""A pipeline for tests of what stands around one: it draws a coloured box under noise that fades from step to step."""
+"""For tests of what stands around a pipeline: one that draws a box under noise that fades step by step."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
+import pygltflib
 import torch
 import torch.nn.functional as F
 
@@ -21,7 +24,7 @@ NOTHING = "nothing"  # a prompt that draws empty views
 
 
 class DrawnPipeline:
-    """Has CoSERPipeline's `stream` and `to`; counts how many streams are open at once."""
+    """Has what Studio uses of CoSERPipeline; counts how many streams are open at once."""
 
     def __init__(self):
         self.open = self.most_open = 0
@@ -29,6 +32,12 @@ class DrawnPipeline:
 
     def to(self, *args, **kwargs) -> "DrawnPipeline":
         return self
+
+    def prepare_latents(self, num_views: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.rand(num_views, 3, 64, 64, generator=generator)
+
+    def latents_to_views(self, latents: torch.Tensor, preview: bool) -> ViewSet:
+        return ViewSet(latents, torch.ones_like(latents[:, :1]), torch.zeros_like(latents[:, :1]))
 
     def stream(self, prompt: str, *, num_views: int, elevation: float, guidance_scale: float, num_inference_steps: int,
                negative_prompt: str, generator: torch.Generator) -> Iterator[MultiviewStep]:
@@ -38,12 +47,12 @@ class DrawnPipeline:
         try:
             cameras = Cameras.orbit(num_views, elevation)
             views = box_views(prompt, cameras)
-            noise = torch.rand(num_views, 3, 64, 64, generator=generator)
+            noise = self.prepare_latents(num_views, generator)
             for index in range(1, num_inference_steps + 1):
                 fade = index / num_inference_steps
                 small = ViewSet(*(F.avg_pool2d(t, 4) for t in (views.views, views.masks, views.depths)))
                 noisy = ViewSet(fade * small.views + (1 - fade) * noise, fade * small.masks + (1 - fade), small.depths)
-                yield MultiviewStep(index, num_inference_steps, views if fade == 1 else noisy, noise[None], cameras)
+                yield MultiviewStep(index, num_inference_steps, views if fade == 1 else noisy, noise, noise, cameras)
         finally:
             with self.count:
                 self.open -= 1
@@ -54,3 +63,10 @@ def box_views(prompt: str, cameras: Cameras) -> ViewSet:
     color = next((rgb for word, rgb in COLORS.items() if word in prompt), (0.5, 0.5, 0.5))
     views = render(CORNERS * 0.5, FACES, torch.tensor(color).expand(len(FACES), 3, 3), cameras, 256, supersample=1)
     return ViewSet(*(0 * t for t in (views.views, views.masks, views.depths))) if prompt == NOTHING else views
+
+
+def mean_color(glb: str | Path) -> np.ndarray:
+    """The mean of a GLB's vertex colours, [3] in linear light."""
+    gltf = pygltflib.GLTF2().load(str(glb))
+    view = gltf.bufferViews[gltf.accessors[gltf.meshes[0].primitives[0].attributes.COLOR_0].bufferView]
+    return np.frombuffer(gltf.binary_blob(), "<f4", view.byteLength // 4, view.byteOffset).reshape(-1, 3).mean(0)

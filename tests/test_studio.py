@@ -1,7 +1,9 @@
 """Truths about requests, runs and files; the pipeline is drawn, everything else is the real thing."""
 
 import json
+import os
 import threading
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -9,11 +11,11 @@ import pygltflib
 import pytest
 import torch
 import trimesh
-from drawn_pipeline import NOTHING, DrawnPipeline, box_views
+from drawn_pipeline import NOTHING, DrawnPipeline, box_views, mean_color
 
 from coser.cameras import Cameras
 from coser.pipeline import CoSERPipeline
-from coser.studio import TILE, GenerationRequest, Studio, file_name, grid, session_folder, sessions_root
+from coser.studio import TILE, GenerationRequest, Studio, file_name, grid, remove_old_sessions, session_folder
 from coser.views import ViewSet
 
 REQUEST = GenerationRequest("a red box", num_views=6, num_inference_steps=3)
@@ -47,12 +49,12 @@ def test_whole_numbers_that_arrive_as_floats_are_taken():
 
 def test_a_run_streams_every_step_then_the_mesh_then_is_done(studio, tmp_path):
     updates = list(studio.generate(REQUEST, tmp_path / "box.glb"))
-    assert [u.stage for u in updates] == ["waiting", *["denoising"] * 3, "reconstructing", "done"]
-    assert [u.step for u in updates] == [0, 1, 2, 3, 3, 3]
+    assert [u.stage for u in updates] == ["waiting", *["denoising"] * 4, "reconstructing", "done"]
+    assert [u.step for u in updates] == [0, 0, 1, 2, 3, 3, 3]
     percents = [u.percent for u in updates]
     assert percents == sorted(percents) and percents[0] == 0 and percents[-2] < 100 and percents[-1] == 100
-    assert all(u.seconds_left >= 0 for u in updates[1:])
-    pictures = [np.asarray(u.picture) for u in updates[1:4]]
+    assert all(u.seconds_left >= 0 for u in updates[2:])
+    pictures = [np.asarray(u.picture) for u in updates[1:5]]
     assert all((a != b).any() for a, b in zip(pictures, pictures[1:]))
     json.dumps([u.status() for u in updates])
 
@@ -61,7 +63,7 @@ def test_done_means_a_watertight_coloured_glb_that_tells_how_it_was_made(studio,
     done = list(studio.generate(REQUEST, tmp_path / "box.glb"))[-1]
     mesh = trimesh.load(done.glb, force="mesh")
     assert mesh.is_watertight and len(mesh.faces) > 100
-    red, green, blue = np.asarray(mesh.visual.vertex_colors)[:, :3].mean(0)
+    red, green, blue = mean_color(done.glb)
     assert red > 2 * max(green, blue)
     extras = pygltflib.GLTF2().load(str(done.glb)).asset.extras
     assert extras["prompt"] == "a red box" and extras["seed"] == 0 and extras["settings"]["num_views"] == 6
@@ -73,8 +75,9 @@ def test_done_means_a_watertight_coloured_glb_that_tells_how_it_was_made(studio,
 
 def test_a_drawn_seed_is_reported_and_draws_the_same_again(studio, tmp_path):
     def pictures(request):
-        updates = list(studio.generate(request, tmp_path / "box.glb"))
-        return updates[-1].seed, np.asarray(updates[1].picture)
+        with closing(studio.generate(request, tmp_path / "box.glb")) as run:
+            waiting, noise, first_step = (next(run) for _ in range(3))
+        return first_step.seed, np.asarray(first_step.picture)
 
     seed, first = pictures(replace(REQUEST, randomize_seed=True))
     same_seed, again = pictures(replace(REQUEST, seed=seed))
@@ -92,15 +95,14 @@ def test_a_stopped_run_keeps_its_last_grid_writes_nothing_and_frees_the_lane(stu
     last = updates[-1]
     assert last.stage == "stopped" and last.step == 2 and "step 2 of 3" in last.message
     assert last.picture is updates[-2].picture and last.glb is None and not list(tmp_path.iterdir())
-    assert list(studio.generate(REQUEST, tmp_path / "box.glb"))[-1].stage == "done"
+    assert not studio.lane.locked()
 
 
 def test_a_run_whose_reader_goes_away_frees_the_lane(studio, tmp_path):
     run = studio.generate(REQUEST, tmp_path / "box.glb")
-    next(run), next(run)
+    next(run), next(run), next(run)
     run.close()
-    assert studio.pipeline.open == 0
-    assert list(studio.generate(REQUEST, tmp_path / "box.glb"))[-1].stage == "done"
+    assert studio.pipeline.open == 0 and not studio.lane.locked()
 
 
 def test_a_waiting_run_can_be_stopped(studio, tmp_path):
@@ -122,14 +124,13 @@ def test_runs_at_the_same_time_take_turns_and_keep_their_files_apart(studio, tmp
     [v.start() for v in visitors], [v.join() for v in visitors]
     assert studio.pipeline.most_open == 1
     for channel, color in ((0, "red"), (2, "blue")):
-        mesh = trimesh.load(done[color].glb, force="mesh")
-        assert np.asarray(mesh.visual.vertex_colors)[:, :3].mean(0).argmax() == channel
+        assert mean_color(done[color].glb).argmax() == channel
 
 
 def test_views_that_hold_nothing_end_in_a_clear_error_and_a_free_lane(studio, tmp_path):
     with pytest.raises(ValueError):
         list(studio.generate(replace(REQUEST, prompt=NOTHING), tmp_path / "box.glb"))
-    assert list(studio.generate(REQUEST, tmp_path / "box.glb"))[-1].stage == "done"
+    assert not studio.lane.locked()
 
 
 def test_previews_and_results_cover_the_same_picture():
@@ -155,9 +156,16 @@ def test_unusable_checkpoints_and_devices_are_named():
             Studio("tests/drawn", device="cuda")
 
 
-def test_session_names_cannot_leave_the_sessions_folder():
+def test_session_names_cannot_leave_their_root(tmp_path):
     for name in ("../../etc", "/etc", "", "a" * 10_000):
-        assert session_folder(name).parent == sessions_root()
+        assert session_folder(tmp_path, name).parent == tmp_path
+
+
+def test_only_old_sessions_are_removed(tmp_path):
+    old, new = session_folder(tmp_path, "old"), session_folder(tmp_path, "new")
+    os.utime(old, (0, 0))
+    remove_old_sessions(tmp_path)
+    assert new.is_dir() and not old.exists()
 
 
 def test_file_names_are_readable_and_safe():
