@@ -1,0 +1,205 @@
+"""Posed views with depth to a closed surface: signed distances of all depth maps, carved by the silhouettes.
+
+Every view says how far a point lies from what it sees: in front of its depth map or beside its silhouette (free, positive),
+just behind its depth map (inside, negative), or further behind (it cannot tell). A truncated mean of the depth distances
+(Curless and Levoy, "A volumetric method for building complex models from range images", 1996) makes the surface, and a point
+that lies outside the silhouettes of at least two views is carved away. What no view can tell is taken to be solid, down
+to the floor that the object stands on.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from skimage.measure import marching_cubes
+from torch import Tensor
+
+from coser.cameras import Cameras, pixel_centers
+from coser.reconstruction.floor import cut_floor
+from coser.views import ViewSet
+
+TRUNCATION = 3.0  # voxels; a view behind whose surface a point lies deeper than this has no say
+REACH = 4  # pixels; silhouette distances are exact up to here
+MARGIN = 3  # voxels of air around the object
+MIN_COS = 0.03  # surfaces seen at a flatter angle than this tell nothing
+FREE, HIDDEN, NEAR = 1, -1, 0  # what the coarse pass says of a cell
+
+
+@dataclass(frozen=True)
+class ViewMaps:
+    """What each pixel of N views knows about the surface it sees.
+
+    silhouettes [N,S,S]: signed distance to the silhouette, pixels, positive outside. nearness [N,S,S]: 1 / depth, 0 =
+    nothing; it is linear along a plane, and slopes [N,2,S,S] are its derivatives a pixel to the right and down.
+    cosines [N,S,S]: between the pixel's ray and the surface's normal, times the ray's length for a unit of depth, so
+    that (depth difference) * cosine = distance from the plane; 0 = nothing.
+    """
+
+    silhouettes: Tensor
+    nearness: Tensor
+    slopes: Tensor
+    cosines: Tensor
+
+
+def fuse(views: ViewSet, cameras: Cameras, resolution: int = 128) -> tuple[np.ndarray, np.ndarray, float]:
+    """Views and their cameras => vertices [V,3] float32, faces [F,3] int64 (outward by the right hand) and the voxel's side.
+
+    resolution: the grid spends at most resolution^3 voxels on the object's box, none much finer than a pixel.
+    The surface is closed. Raises ValueError when the views show nothing.
+    """
+    maps = view_maps(views, cameras)
+    low, high = _bounds(views, cameras)
+    pixel = _pixel_size(cameras, views.views.shape[-1], cameras.centers.norm(dim=-1).mean())
+    voxel = max(float((high - low).clamp_min(8 * pixel).prod()) ** (1 / 3) / resolution, float(pixel))
+    axes = [torch.arange(float(low[k]) - MARGIN * voxel, float(high[k]) + (MARGIN + 1) * voxel, voxel,
+                         device=maps.nearness.device) for k in range(3)]
+    cells = _classify(maps, cameras, axes, voxel)
+    truncation = TRUNCATION * voxel
+    near = (cells == NEAR).nonzero()
+    distances = cells.float() * truncation
+    told = cells == FREE
+    for part in near.split(65536):
+        points = torch.stack([axes[k][part[:, k]] for k in range(3)], -1)
+        distances[tuple(part.T)], told[tuple(part.T)] = signed_distances(points, maps, cameras, truncation)
+    grid = cut_floor(distances.cpu().numpy(), told.cpu().numpy(), axes[1].cpu().numpy(), lowest_seen(views, cameras), truncation)
+    grid = np.pad(grid, 1, constant_values=truncation)
+    np.copyto(grid, 1e-4 * voxel, where=np.abs(grid) < 1e-4 * voxel)  # a corner exactly on the surface makes slivers
+    if not (grid < 0).any():
+        raise ValueError("views show nothing that at least two of them agree on: no surface was found")
+    vertices, faces, _, _ = marching_cubes(grid, 0.0)
+    origin = np.array([float(axis[0]) for axis in axes], np.float32)
+    return ((vertices - 1) * voxel + origin).astype(np.float32), faces.astype(np.int64), voxel
+
+
+def view_maps(views: ViewSet, cameras: Cameras) -> ViewMaps:
+    """The ViewMaps of N views; pixels covered by less than half know no depth of their own but continue their neighbours'."""
+    masks, depths = views.masks[:, 0], views.depths[:, 0]
+    valid = (depths > 0) & (masks >= 0.5)
+    nearness = torch.where(valid, 1 / depths.clamp_min(1e-6), 0.0)
+    maps = torch.stack([nearness, *_slopes(nearness, valid)], 1)
+    for _ in range(2):  # silhouettes are finer than pixels: the surface must reach a little beyond the covered ones
+        count = F.avg_pool2d(valid[:, None].float(), 3, 1, 1)
+        mean = F.avg_pool2d(maps * valid[:, None], 3, 1, 1) / count.clamp_min(1e-6)
+        maps = torch.where(valid[:, None], maps, mean)
+        valid = valid | (count[:, 0] > 0)
+    nearness, slopes = maps[:, 0], maps[:, 1:]
+    size = nearness.shape[-1]
+    x, y = ((pixel_centers(size, nearness.device) * 2 - 1) / cameras.focal).T.reshape(2, size, size)
+    gx, gy = (slopes * (size * cameras.focal / 2)).unbind(1)  # a pixel => a unit of the picture plane at depth 1
+    steep = (gx.square() + gy.square() + (nearness - gx * x - gy * y).square()).sqrt()
+    cosines = torch.where(valid, nearness / steep.clamp_min(1e-9), 0.0)
+    return ViewMaps(silhouette_distances(masks), nearness, slopes, cosines)
+
+
+def silhouette_distances(masks: Tensor, reach: int = REACH) -> Tensor:
+    """Coverage [N,S,S] in [0,1] => signed distances to the silhouette in pixels, positive outside, within +-reach.
+
+    A pixel covered by a part m lies 0.5 - m from the edge, which makes the result finer than a pixel: each pixel takes the
+    smallest (its way to another pixel) + (that pixel's way to the edge).
+    """
+    n, h, w = masks.shape
+    padded = F.pad(masks, (reach,) * 4)
+    outside = torch.where(padded > 0, 0.5 - padded, 2.0 * reach)
+    inside = torch.where(padded < 1, padded - 0.5, 2.0 * reach)
+    to_object, to_air = torch.full_like(masks, reach), torch.full_like(masks, reach)
+    for dy in range(-reach, reach + 1):
+        for dx in range(-reach, reach + 1):
+            way = math.hypot(dy, dx)
+            if way <= reach:
+                window = (slice(None), slice(reach + dy, reach + dy + h), slice(reach + dx, reach + dx + w))
+                to_object = torch.minimum(to_object, outside[window] + way)
+                to_air = torch.minimum(to_air, inside[window] + way)
+    return torch.where(masks < 0.5, to_object, -to_air)
+
+
+def signed_distances(points: Tensor, maps: ViewMaps, cameras: Cameras, truncation: float) -> tuple[Tensor, Tensor]:
+    """Points [P,3] => signed distances [P] within +-truncation (positive outside) and whether any view could tell [P]."""
+    n, size = maps.nearness.shape[:2]
+    uv, depth = cameras.project(points)
+    pixel = _pixel_size(cameras, size, depth)
+    beside = F.grid_sample(maps.silhouettes[:, None], (uv * 2 - 1)[:, None], mode="bilinear", padding_mode="border",
+                           align_corners=False)[:, 0, 0] * pixel
+    column, row = (uv * size).long().clamp(0, size - 1).unbind(-1)
+    index = row * size + column
+    dx, dy = uv[..., 0] * size - column - 0.5, uv[..., 1] * size - row - 0.5
+    nearness, cosine, gx, gy = (m.reshape(n, -1).gather(1, index)
+                                for m in (maps.nearness, maps.cosines, maps.slopes[:, 0], maps.slopes[:, 1]))
+    behind = (1 / (nearness + gx * dx + gy * dy).clamp_min(1e-3) - depth) * cosine
+    tells = (cosine > MIN_COS) & (beside < pixel) & (behind > -truncation)
+    # seen squarely counts more; what lies behind a surface counts less the deeper it lies
+    weight = torch.where(tells, cosine.square() * (1 + behind / truncation).clamp(0, 1), 0.0)
+    total = weight.sum(0)
+    mean = (weight * behind.clamp(max=truncation)).sum(0) / total.clamp_min(1e-9)
+    mean = torch.where(total > 1e-6, mean, -truncation)
+    carved = beside.topk(min(2, n), 0).values[-1]  # two views must agree: one silhouette may be wrong
+    return torch.maximum(mean, carved).clamp(-truncation, truncation), (total > 1e-6) | (carved > 0)
+
+
+def lowest_seen(views: ViewSet, cameras: Cameras) -> float:
+    """The height of the lowest surface that the views see; a handful of stray pixels does not count."""
+    y = _seen_points(views, cameras)[:, 1]
+    stray = max(2, len(y) // (2000 * len(views)))
+    half_pixel = _pixel_size(cameras, views.views.shape[-1], cameras.centers.norm(dim=-1).mean()) / 2
+    return float(y.kthvalue(min(stray, len(y))).values - half_pixel * torch.deg2rad(cameras.elevations.mean()).cos())
+
+
+def _seen_points(views: ViewSet, cameras: Cameras) -> Tensor:
+    n, _, size, _ = views.views.shape
+    points = cameras.unproject(pixel_centers(size, views.views.device), views.depths.reshape(n, -1))
+    points = points[((views.masks >= 0.5) & (views.depths > 0)).reshape(n, -1)]
+    if not len(points):
+        raise ValueError("views show nothing: no pixel has a mask of at least 0.5 and a depth")
+    return points
+
+
+def _bounds(views: ViewSet, cameras: Cameras) -> tuple[Tensor, Tensor]:
+    points = _seen_points(views, cameras)
+    stray = max(1, len(points) // 100_000)
+    low = points.kthvalue(stray, 0).values
+    return low, -(-points).kthvalue(stray, 0).values
+
+
+def _pixel_size(cameras: Cameras, size: int, depth: Tensor) -> Tensor:
+    return depth * (2 / (cameras.focal * size))
+
+
+def _slopes(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Derivatives a pixel of `values` [N,S,S] to the right and down: of both neighbours' differences the smaller one, so that
+    a step in depth beside a pixel does not tilt it."""
+    slopes = []
+    for dim in (2, 1):
+        length = values.shape[dim] - 1
+        both = valid.narrow(dim, 1, length) & valid.narrow(dim, 0, length)
+        step = torch.where(both, values.diff(dim=dim), torch.inf)
+        end = torch.full_like(values.narrow(dim, 0, 1), torch.inf)
+        ahead, back = torch.cat([step, end], dim), torch.cat([end, step], dim)
+        slope = torch.where(ahead.abs() < back.abs(), ahead, back)
+        slopes.append(torch.where(slope.isinf(), 0.0, slope))
+    return tuple(slopes)
+
+
+def _classify(maps: ViewMaps, cameras: Cameras, axes: list[Tensor], voxel: float) -> Tensor:
+    """Cells of the grid [X,Y,Z]: FREE, HIDDEN or NEAR (worth a look), decided for blocks of 2^3 with room for doubt."""
+    size = maps.nearness.shape[-1]
+    corners = torch.stack(torch.meshgrid(*(axis[::2] for axis in axes), indexing="ij"), -1)
+    uv, depth = cameras.project(corners.reshape(-1, 3))
+    doubt = 1.8 * voxel  # half the diagonal of a block
+    reach = math.ceil(1.2 * doubt / float(_pixel_size(cameras, size, depth.mean())))
+    window = (2 * reach + 1, 1, reach)
+    closest = F.max_pool2d(maps.nearness, *window)  # of what the block may cover
+    covered = maps.cosines > 0
+    furthest = -F.max_pool2d(torch.where(covered, -maps.nearness, -torch.inf), *window)
+    column, row = (uv * size).long().clamp(0, size - 1).unbind(-1)
+    index = row * size + column
+    first, last = (1 / m.flatten(1).gather(1, index) for m in (closest, furthest))
+    free = (depth < first - doubt - 2 * voxel).sum(0) >= min(2, len(cameras))
+    hidden = ((depth > last + doubt + TRUNCATION * voxel) & (last > 0)).all(0)
+    blocks = (free.int() * FREE + (hidden & ~free).int() * HIDDEN).view(corners.shape[:3])
+    for dim, axis in enumerate(axes):
+        nearest = ((torch.arange(len(axis), device=axis.device) + 1) // 2).clamp(max=blocks.shape[dim] - 1)
+        blocks = blocks.index_select(dim, nearest)
+    return blocks
