@@ -43,7 +43,8 @@ def cube():
     quads = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
     faces = torch.tensor([t for a, b, c, d in quads for t in ((a, b, c), (a, c, d))])
     turn = math.radians(25)
-    turned = corners @ torch.tensor([[math.cos(turn), 0, -math.sin(turn)], [0, 1, 0], [math.sin(turn), 0, math.cos(turn)]])
+    cos, sin = math.cos(turn), math.sin(turn)
+    turned = corners @ torch.tensor([[cos, 0, -sin], [0, 1, 0], [sin, 0, cos]])
     middles = turned[faces.view(6, 6)].mean(1).repeat_interleave(2, 0)
     return turned, faces, middles / middles.norm(dim=-1, keepdim=True)
 

@@ -60,7 +60,7 @@ def gather_views(tokens: Tensor, num_views: int, offsets: tuple[int, ...]) -> Te
 def adjacent_attention(attn, tokens: Tensor, num_views: int) -> Tensor:
     """Q = W_Q h_i; K, V = W_K, W_V [h_{i-1}; h_i; h_{i+1}] (CoSER, section 3.2) with the weights of a self-attention.
 
-    attn: a diffusers Attention; tokens [B*N,T,C], the views of a ring one after another => [B*N,T,C]. Adds no parameter.
+    Adds no parameter. attn: a diffusers Attention; tokens [B*N,T,C], a ring's views one after another => [B*N,T,C].
     """
     keys, values = attn.to_k(tokens), attn.to_v(tokens)
     if num_views > 1:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from coser.models.adjacent_attention import adjacent_attention, dense_attention, self_attention, text_attention
 from coser.models.rapid_glance import RapidGlance
+from coser.models.resnet import pointwise
 from coser.models.score_attention import ScoreAttention
 from coser.models.trajectory_attention import TrajectoryAttention, TrajectoryGeometries
 
@@ -77,7 +77,7 @@ class MultiviewTransformerBlock(nn.Module):
     def __init__(self, parent: BasicTransformerBlock, options: MixerOptions):
         super().__init__()
         if parent.norm_type != "layer_norm" or parent.only_cross_attention or parent.attn2 is None:
-            raise ValueError("the 2D UNet's transformer blocks must have layer_norm, self-attention and cross-attention, "
+            raise ValueError("the 2D UNet's transformer blocks must have layer_norm, self- and cross-attention, "
                              f"got norm_type={parent.norm_type!r}, only_cross_attention={parent.only_cross_attention}")
         self.norm1, self.attn1 = parent.norm1, parent.attn1
         self.norm2, self.attn2 = parent.norm2, parent.attn2
@@ -124,22 +124,15 @@ class MultiviewTransformer(nn.Module):
 
     def forward(self, pictures: Tensor, encoder_hidden_states: Tensor, cross_attention_kwargs: dict,
                 **unused) -> tuple[Tensor]:
-        """pictures [B*N,C,H,W] (H = W), text [B,L,D], {"context": ViewContext} => (pictures,), as diffusers' blocks expect."""
+        """pictures [B*N,C,H,W] (H = W), text [B,L,D], {"context": ViewContext} => (pictures,), as diffusers expects."""
         context = cross_attention_kwargs["context"]
         n, _, height, width = pictures.shape
         tokens = self.norm(pictures).permute(0, 2, 3, 1).reshape(n, height * width, -1)
-        tokens = _project(self.proj_in, tokens)
+        tokens = pointwise(self.proj_in, tokens)
         for block in self.transformer_blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = self._gradient_checkpointing_func(block, tokens, encoder_hidden_states, context)
             else:
                 tokens = block(tokens, encoder_hidden_states, context)
-        tokens = _project(self.proj_out, tokens)
+        tokens = pointwise(self.proj_out, tokens)
         return (pictures + tokens.view(n, height, width, -1).permute(0, 3, 1, 2),)
-
-
-def _project(projection: nn.Linear | nn.Conv2d, tokens: Tensor) -> Tensor:
-    """A Linear, or the 1x1 convolution that older UNets have in its place, on tokens."""
-    if isinstance(projection, nn.Linear):
-        return projection(tokens)
-    return F.linear(tokens, projection.weight.flatten(1), projection.bias)

@@ -86,8 +86,8 @@ class RapidGlance(nn.Module):
     """Gated Mamba-2 layer over N views; half of its heads scan forwards, half backwards.
 
     forward: tokens [B*N,T,C], num_views => [B*N,T,C], to be added to the tokens; linear in N*T. It differs from
-    Mamba-2's layer in having no short convolution (the UNet's own mix neighbours in 2D), no skip (the block has one) and
-    LayerNorm for RMSNorm.
+    Mamba-2's layer in having no short convolution (the UNet's own mix neighbours in 2D), no skip (the block has one)
+    and LayerNorm for RMSNorm.
     """
 
     def __init__(self, channels: int, inner: int, head_size: int = 64, state_size: int = 32, chunk_size: int = 64,

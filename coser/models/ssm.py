@@ -104,7 +104,7 @@ class _DecayedScores(torch.autograd.Function):
 
 
 def _decay_before(total: Tensor) -> Tensor:
-    """Each chunk's log decay [...,c] => how much of what chunk j left is there when chunk i starts, [...,i,j]; 0 for j >= i."""
+    """Log decays of chunks [...,c] => what share of chunk j's remains when chunk i starts, [...,i,j]; 0 for j >= i."""
     ends = total.cumsum(-1)
     starts = ends - total
     later = _later(total.shape[-1], total.device, diagonal=0)

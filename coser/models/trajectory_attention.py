@@ -1,4 +1,4 @@
-"""Detail refinement (DR): every token asks small windows in the neighbouring views, where a turn of the ring carries it."""
+"""Detail refinement (DR): tokens ask small windows in the neighbouring views, where a turn of the ring carries them."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def trajectory_coordinates(cameras: Cameras, uv: Tensor, depths: Tensor, offset:
     """Where points seen at uv [P,2] in view i, at depths [N,P], appear in view i + offset of the ring.
 
     => uv [N,P,2] there, and depth [N,P] there (not positive: behind that camera). With level orthographic cameras and x
-    from the left edge of a picture of width W this is the paper's x' = W/2 + (x - W/2) cos da + d sin da, y' = y (CoSER,
-    section 3.3) for d the depth behind the turning axis and da the angle from view i to view i + offset.
+    from the left edge of a picture of width W this is the paper's x' = W/2 + (x - W/2) cos da + d sin da, y' = y
+    (CoSER, section 3.3) for d the depth behind the turning axis and da the angle from view i to view i + offset.
     """
     points = cameras.unproject(uv, depths)
     neighbour = (torch.arange(len(cameras), device=cameras.device) + offset) % len(cameras)

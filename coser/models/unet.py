@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from coser.cameras import Cameras
 from coser.models.block import MIXERS, MixerOptions, MultiviewTransformer, ViewContext
+from coser.models.resnet import ResnetBlock
 from coser.models.trajectory_attention import TrajectoryGeometries
 
 
 def camera_features(cameras: Cameras, absolute_azimuth: bool = True) -> Tensor:
     """What the time embedding learns of each view: [N,5] (or [N,3]).
 
-    sin and cos of the azimuth (left out without absolute_azimuth), sin and cos of the elevation, and the view angle: the
-    turn to the next view of the ring in half turns, [0,2).
+    sin and cos of the azimuth (left out without absolute_azimuth), sin and cos of the elevation, and the view angle:
+    the turn to the next view of the ring in half turns, [0,2).
     """
     azimuth, elevation = torch.deg2rad(cameras.azimuths), torch.deg2rad(cameras.elevations)
     view_angle = (cameras.azimuths.roll(-1) - cameras.azimuths) % 360 / 180
@@ -50,8 +51,8 @@ class MultiviewUNet(ModelMixin, ConfigMixin):
             "adjacent"; or (), which is a 2D model.
         mixer_ratio, mixer_head_size: inner width of trajectory and rectification as a share of the block's channels
             (rounded to whole heads), and channels a head.
-        trajectory_window: odd side of the window, in tokens. trajectory_radius: the depth hypothesis, a cylinder of this
-            radius (world units) around the vertical axis.
+        trajectory_window: odd side of the window, in tokens. trajectory_radius: the depth hypothesis, a cylinder of
+            this radius (world units) around the vertical axis.
         scan_order: spiral, raster or zigzag. scan_layout: view_major or position_major. scan_ratio, scan_head_size,
             scan_state_size, scan_chunk_size: the state-space layer's inner width as a share of the channels (rounded to
             head pairs), channels a head, states a channel, and positions a chunk (speed only).
@@ -89,7 +90,7 @@ class MultiviewUNet(ModelMixin, ConfigMixin):
             raise ValueError("the 2D UNet must have no class embedding: the camera condition takes its place")
         features = (5 if absolute_azimuth else 3) + pooled_dim
         self.unet2d.class_embedding = ConditionEmbedding(features, self.unet2d.time_embedding.linear_2.out_features)
-        _replace_transformers(self.unet2d, options)
+        _replace_parts(self.unet2d, options)
         self._geometries: TrajectoryGeometries | None = None
 
     @classmethod
@@ -179,9 +180,11 @@ def _check_mixers(mixers: tuple[str, ...], allowed: tuple[str, ...]) -> tuple[st
     return mixers
 
 
-def _replace_transformers(module: nn.Module, options: MixerOptions) -> None:
+def _replace_parts(module: nn.Module, options: MixerOptions) -> None:
     for name, child in module.named_children():
         if isinstance(child, Transformer2DModel):
             setattr(module, name, MultiviewTransformer(child, options))
+        elif ResnetBlock.can_replace(child):
+            setattr(module, name, ResnetBlock(child))
         else:
-            _replace_transformers(child, options)
+            _replace_parts(child, options)
