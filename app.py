@@ -94,10 +94,14 @@ class Desk:
         asked = checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed)
         asked = asked.with_drawn_seed()
         folder = self.folder(request)
-        glb = Path(tempfile.mkdtemp(prefix="run-", dir=folder)) / file_name(asked.prompt, asked.seed)
+        run = Path(tempfile.mkdtemp(prefix="run-", dir=folder))
+        shown = views = None
         try:
-            for update in self.studio.generate(asked, glb, (folder / STOP).exists):
-                yield update.picture, with_figures(update.status()), update.seed, update.glb and str(update.glb)
+            for update in self.studio.generate(asked, run / file_name(asked.prompt, asked.seed), (folder / STOP).exists):
+                if update.picture is not shown:  # a file of its own each: gradio rewrites pictures while they are fetched
+                    shown, views = update.picture, run / f"views-{update.step:02d}.jpg"
+                    shown.save(views, quality=90)
+                yield views and str(views), with_figures(update.status()), update.seed, update.glb and str(update.glb)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
@@ -190,11 +194,11 @@ def build_app(studio: Studio, root: Path) -> gr.Blocks:
         with gr.Row(elem_id="stage"):
             with gr.Column(min_width=320):
                 gr.HTML("Views, all around", elem_classes="heading")
-                views = gr.Image(label="Views", show_label=False, format="jpeg", interactive=False, height=440,
+                views = gr.Image(label="Views", show_label=False, interactive=False, height=480,
                                  buttons=["download", "fullscreen"], elem_id="views")
             with gr.Column(min_width=320):
                 gr.HTML("3D model, drag to turn", elem_classes="heading")
-                model = gr.Model3D(label="3D model", show_label=False, height=386, clear_color=(1.0, 1.0, 1.0, 1.0), interactive=False,
+                model = gr.Model3D(label="3D model", show_label=False, height=426, clear_color=(1.0, 1.0, 1.0, 1.0), interactive=False,
                                    camera_position=(60, 75, None), elem_id="model")
                 download = gr.DownloadButton("Download GLB", interactive=False, elem_id="download")
 
@@ -224,8 +228,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        studio = Studio(args.checkpoint, args.device)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"coser: {error}\n")
     with tempfile.TemporaryDirectory(prefix="coser-") as root:
-        launch(build_app(Studio(args.checkpoint, args.device), Path(root)), server_name=args.host, server_port=args.port)
+        launch(build_app(studio, Path(root)), server_name=args.host, server_port=args.port)
 
 
 def launch(demo: gr.Blocks, **options) -> str:

@@ -67,6 +67,7 @@ def test_a_prompt_becomes_an_object_that_turns_and_downloads(page, tmp_path):
     page.keyboard.press("Enter")
     page.wait_for_selector("#status .done")
     assert len(page.evaluate("[...window.grids]")) >= 3
+    page.wait_for_function("document.querySelector('#views img').naturalWidth >= 512")
 
     canvas = page.wait_for_selector("#model canvas")
     canvas.scroll_into_view_if_needed()
