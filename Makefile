@@ -3,9 +3,10 @@ SHELL := /bin/bash
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3))
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -q
-# mamba-ssm without its CUDA part: pure Python, built in seconds; its Triton kernels are there all the same. The app uses
-# them on CUDA, the tests its plain PyTorch reference.
-INSTALL_MAMBA := MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(PIP) --no-deps --no-build-isolation mamba-ssm==2.3.2.post1
+# mamba-ssm without its CUDA part: pure Python, built in seconds. Its Triton kernels are there all the same, for the app
+# on CUDA, and so is its plain PyTorch reference, for the tests.
+INSTALL_MAMBA := MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
+	$(PIP) --no-deps --no-build-isolation mamba-ssm==2.3.2.post1
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 APT := apt-get -qq -o=Dpkg::Use-Pty=0
 export PYTHONUNBUFFERED := 1
@@ -23,7 +24,8 @@ clean:
 
 # Debian keeps venv apart from python3; numpy's wheels need Python 3.11 or newer.
 $(VENV)/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: $(PYTHON)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "Python 3.11 or newer is needed; make PYTHON=/path/to/python3 says which to use"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call apt_install,python3-venv); }
 	$(PYTHON) -m venv $(VENV)
 
@@ -48,4 +50,5 @@ $(VENV)/ready-test: requirements-test.txt packages-test.txt $(VENV)/ready-app
 missing_packages = if command -v dpkg > /dev/null; then for package in $$(cat $(1)); do \
 	dpkg -s $$package > /dev/null 2>&1 || { $(call apt_install,$$package); } || exit 1; done; fi
 apt_install = if [ "$$(id -u)" = 0 ]; then echo "apt-get install $(1)"; $(APT) update || true; \
-	DEBIAN_FRONTEND=noninteractive $(APT) install -y $(1) > /dev/null; else echo "missing: please run  sudo apt-get install $(1)"; fi
+	DEBIAN_FRONTEND=noninteractive $(APT) install -y $(1) > /dev/null; \
+	else echo "missing: please run  sudo apt-get install $(1)"; fi

@@ -12,19 +12,19 @@ import spaces  # noqa: I001  (before torch: on ZeroGPU it must be the first to t
 
 import argparse
 import html
-import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import gradio as gr
 
-from coser.studio import (ELEVATIONS, GUIDANCE_SCALE, NUM_INFERENCE_STEPS, NUM_VIEWS, SEED, SMALL,
-                          GenerationRequest, Studio, file_name, remove_old_sessions, session_folder)
+from coser.pipeline import ELEVATIONS, NUM_VIEWS
+from coser.request import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, SEED, GenerationRequest
+from coser.studio import SMALL, Studio, file_name, log_to_terminal, remove_old_sessions, session_folder
 
 PROMPTS = Path(__file__).parent / "examples" / "prompts.txt"
 DEFAULTS = GenerationRequest(prompt="a red barrel")
-STOP = "stop"  # a file of this name in a session's folder asks its run to end; files also reach ZeroGPU's worker process
+STOP = "stop"  # a file of this name in a session's folder asks its run to end; files reach ZeroGPU's worker process too
 
 THEME = gr.themes.Soft(
     primary_hue="orange", neutral_hue="stone", radius_size="lg", font=["system-ui", "sans-serif"],
@@ -36,17 +36,19 @@ THEME = gr.themes.Soft(
     button_secondary_shadow="none")
 CSS = """
 .gradio-container main {width: 100%; max-width: 1240px; margin: 0 auto}
-.gradio-container .html-container {padding: 0} #title h1 {margin: 0; font-size: 1.9rem; letter-spacing: -.02em} #title p {margin: 0; opacity: .7}
+.gradio-container .html-container {padding: 0}
+#title h1 {margin: 0; font-size: 1.9rem; letter-spacing: -.02em} #title p {margin: 0; opacity: .7}
 #ask {gap: 10px; align-items: stretch} #ask textarea, #ask input {font-size: 1.1rem; height: 100%}
 #examples .gallery {gap: 6px} #examples .gallery-item {border-radius: 999px; padding: 4px 11px}
 #examples .gallery-item * {padding: 0; font-size: .85rem}
 #status .words {display: flex; justify-content: space-between; gap: 12px; font-size: .95rem}
 #status .words span {opacity: .75; white-space: nowrap; font-variant-numeric: tabular-nums}
-#status .track {height: 6px; margin-top: 8px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden}
+#status .track {height: 6px; margin-top: 8px; border-radius: 3px; background: var(--border-color-primary)}
 #status .bar {height: 100%; border-radius: 3px; background: #c2410c; transition: width .25s linear}
 #status .done .bar {background: #4d7c0f} #status .stopped .bar {background: #a8a29e}
-#views img {width: 100%; height: 100%; object-fit: contain}
-.heading {margin-bottom: -6px; font-size: .8rem; font-weight: 600; letter-spacing: .06em; text-transform: uppercase; opacity: .6}
+#views img {width: 100%; height: 100%; object-fit: contain; background: white}
+.heading {margin-bottom: -6px; font-size: .8rem; font-weight: 600; letter-spacing: .06em; opacity: .6;
+  text-transform: uppercase}
 footer {opacity: .6}
 @media (max-width: 700px) {
   #ask > * {min-width: 0 !important} #ask #prompt {flex: 1 0 100%} #ask #go {flex: 3} #ask #stop {flex: 1}
@@ -88,7 +90,7 @@ class Desk:
                  seed: int, randomize_seed: bool, request: gr.Request) -> Iterator[tuple]:
         """Text to 3D: streams (views picture, status, seed, GLB or nothing yet), an item a denoising step.
 
-        prompt: 1 to 500 characters. num_views: 4 to 24. guidance_scale: 1 to 12. num_inference_steps: 1 to 50.
+        prompt: 1 to 300 characters. num_views: 4 to 24. guidance_scale: 1 to 12. num_inference_steps: 1 to 50.
         elevation: 0 to 30 degrees. seed: 0 to 2147483647, drawn anew with randomize_seed and reported back.
         """
         asked = checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed)
@@ -97,8 +99,9 @@ class Desk:
         run = Path(tempfile.mkdtemp(prefix="run-", dir=folder))
         shown = views = None
         try:
-            for update in self.studio.generate(asked, run / file_name(asked.prompt, asked.seed), (folder / STOP).exists):
-                if update.picture is not shown:  # a file of its own each: gradio rewrites pictures while they are fetched
+            glb = run / file_name(asked.prompt, asked.seed)
+            for update in self.studio.generate(asked, glb, (folder / STOP).exists):
+                if update.picture is not shown:  # a file each: gradio itself would rewrite one that is being fetched
                     shown, views = update.picture, run / f"views-{update.step:02d}.jpg"
                     shown.save(views, quality=90)
                 yield views and str(views), with_figures(update.status()), update.seed, update.glb and str(update.glb)
@@ -125,13 +128,13 @@ class Desk:
             (self.folder(request) / STOP).touch()
 
 
-def checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed) -> GenerationRequest:
+def checked(prompt, *settings) -> GenerationRequest:
     """The page's values as a request; what is wrong with them becomes a message for the visitor."""
     if isinstance(prompt, str) and not prompt.strip():
         raise gr.Error("Type what to make first, for example: a red barrel. (prompt must not be empty)",
                        print_exception=False)
     try:
-        return GenerationRequest(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed)
+        return GenerationRequest(prompt, *settings)
     except ValueError as error:
         raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
 
@@ -162,7 +165,7 @@ def setting_inputs() -> list[gr.components.Component]:
     num_views = gr.Slider(*NUM_VIEWS, DEFAULTS.num_views, step=1, label="Views", info="a ring around it",
                           elem_id="num-views")
     guidance_scale = gr.Slider(*GUIDANCE_SCALE, DEFAULTS.guidance_scale, step=0.5, label="Guidance",
-                               info="follow the prompt", elem_id="guidance-scale")
+                               info="by the prompt", elem_id="guidance-scale")
     steps = gr.Slider(*NUM_INFERENCE_STEPS, DEFAULTS.num_inference_steps, step=1, label="Steps",
                       info="finer, slower", elem_id="steps")
     elevation = gr.Slider(*ELEVATIONS, DEFAULTS.elevation, step=1, label="Elevation", info="degrees up",
@@ -181,8 +184,8 @@ def build_app(studio: Studio, root: Path) -> gr.Blocks:
         gr.HTML("<h1>CoSER</h1><p>Type a sentence, watch its views appear, turn the object, take it home.</p>",
                 elem_id="title")
         with gr.Row(elem_id="ask"):
-            prompt = gr.Textbox(placeholder="What shall it be? For example: a red barrel", label="Prompt", show_label=False,
-                                container=False, scale=6, max_lines=1, autofocus=True, elem_id="prompt")
+            prompt = gr.Textbox(placeholder="What shall it be? For example: a red barrel", label="Prompt", max_lines=1,
+                                show_label=False, container=False, scale=6, autofocus=True, elem_id="prompt")
             go = gr.Button("Generate", variant="primary", scale=1, min_width=110, elem_id="go")
             stop = gr.Button("Stop", scale=1, min_width=80, interactive=False, elem_id="stop")
         samples = [[line] for line in PROMPTS.read_text("utf-8").splitlines()[:15]]  # two lines of a desktop
@@ -198,8 +201,8 @@ def build_app(studio: Studio, root: Path) -> gr.Blocks:
                                  buttons=["download", "fullscreen"], elem_id="views")
             with gr.Column(min_width=320):
                 gr.HTML("3D model, drag to turn", elem_classes="heading")
-                model = gr.Model3D(label="3D model", show_label=False, height=426, clear_color=(1.0, 1.0, 1.0, 1.0), interactive=False,
-                                   camera_position=(60, 75, None), elem_id="model")
+                model = gr.Model3D(label="3D model", show_label=False, height=426, interactive=False,
+                                   clear_color=(1.0, 1.0, 1.0, 1.0), camera_position=(60, 75, None), elem_id="model")
                 download = gr.DownloadButton("Download GLB", interactive=False, elem_id="download")
 
         chosen = examples.click(lambda sample: sample[0], examples, prompt, queue=False, show_progress="hidden",
@@ -226,8 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--host", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log_to_terminal()
     try:
         studio = Studio(args.checkpoint, args.device)
     except (ValueError, OSError) as error:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from coser.studio import SMALL, GenerationRequest, GenerationUpdate, Studio, file_name
+from coser.request import GenerationRequest
+from coser.studio import SMALL, GenerationUpdate, Studio, file_name, log_to_terminal
 
 DEFAULTS = GenerationRequest(prompt="a red barrel")
 
@@ -16,9 +16,7 @@ DEFAULTS = GenerationRequest(prompt="a red barrel")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 could not be made, 2 wrong arguments, 130 interrupted."""
     args = parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in ("httpx", "diffusers", "transformers"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    log_to_terminal()
     try:
         request = GenerationRequest(
             prompt=args.prompt, num_views=args.num_views, guidance_scale=args.guidance_scale,
@@ -43,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The arguments; their defaults are GenerationRequest's."""
     arguments = argparse.ArgumentParser(
-        prog="python -m coser", description="Turn a sentence into a 3D asset: a GLB, a picture of its views and a run file.")
+        prog="python -m coser", description="Turn a sentence into a 3D asset: a GLB, its views and a run file.")
     arguments.add_argument("prompt", help='what to make, for example "a red barrel"')
     arguments.add_argument("-o", "--output", type=Path, help="the GLB to write (default: named after the prompt); the "
                            "views (.png) and the settings (.json) are written beside it")
@@ -54,10 +52,10 @@ def parser() -> argparse.ArgumentParser:
                            help="1 to 50 (default %(default)s)")
     arguments.add_argument("--elevation", type=float, default=DEFAULTS.elevation,
                            help="the cameras' height in degrees, 0 to 30 (default %(default)s)")
-    arguments.add_argument("--seed", type=int, default=DEFAULTS.seed, help="same seed, same asset (default %(default)s)")
+    arguments.add_argument("--seed", type=int, default=DEFAULTS.seed, help="same seed, same asset (%(default)s)")
     arguments.add_argument("--randomize-seed", action="store_true", help="draw a new seed; the run file tells which")
     arguments.add_argument("--negative-prompt", default=DEFAULTS.negative_prompt, help="what to keep away from")
-    arguments.add_argument("--checkpoint", default=SMALL, help="a folder in diffusers layout (default: the shipped one)")
+    arguments.add_argument("--checkpoint", default=SMALL, help="a folder in diffusers layout (the shipped one)")
     arguments.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     return arguments
 

@@ -7,7 +7,6 @@ import logging
 import math
 import platform
 import re
-import secrets
 import shutil
 import statistics
 import threading
@@ -23,61 +22,17 @@ import torch.nn.functional as F
 from PIL import Image
 
 from coser import __version__
-from coser.cameras import ELEVATION
 from coser.models.ssm import scan_backend
-from coser.pipeline import ELEVATIONS, NUM_VIEWS, CoSERPipeline, MultiviewStep
+from coser.pipeline import CoSERPipeline, MultiviewStep
 from coser.reconstruction import Mesh, reconstruct, save_glb
+from coser.request import GenerationRequest
 from coser.views import ViewSet, picture_grid, views_to_uint8
 
 log = logging.getLogger("coser")
 
 SMALL = Path(__file__).parent / "checkpoints" / "small"
-PROMPT_LENGTH = (1, 500)  # characters; the text encoder reads the first 256 tokens anyway
-GUIDANCE_SCALE = (1.0, 12.0)
-NUM_INFERENCE_STEPS = (1, 50)
-SEED = (0, 2**31 - 1)
 HUB_ID = r"[\w.-]+/[\w.-]+"
 TILE = 256  # pixels a side of one view in the grid, so that previews and the result cover the same place on the screen
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """What a visitor asks for. Every field is checked on construction; ValueError names field, value and what is allowed.
-
-    prompt: 1 to 500 characters after trimming. num_views: 4 to 24, a closed ring. guidance_scale: 1 to 12.
-    num_inference_steps: 1 to 50. elevation: 0 to 30 degrees. seed: 0 to 2**31 - 1; with `randomize_seed` it is drawn
-    anew and the drawn one is reported back. negative_prompt: at most 500 characters.
-    """
-
-    prompt: str
-    num_views: int = 12
-    guidance_scale: float = 4.0
-    num_inference_steps: int = 20
-    elevation: float = ELEVATION
-    seed: int = 0
-    randomize_seed: bool = False
-    negative_prompt: str = ""
-
-    def __post_init__(self):
-        checked = {
-            "prompt": _text("prompt", self.prompt, *PROMPT_LENGTH),
-            "num_views": _whole("num_views", self.num_views, *NUM_VIEWS),
-            "guidance_scale": _number("guidance_scale", self.guidance_scale, *GUIDANCE_SCALE),
-            "num_inference_steps": _whole("num_inference_steps", self.num_inference_steps, *NUM_INFERENCE_STEPS),
-            "elevation": _number("elevation", self.elevation, *ELEVATIONS),
-            "seed": _whole("seed", self.seed, *SEED),
-            "negative_prompt": _text("negative_prompt", self.negative_prompt, 0, PROMPT_LENGTH[1]),
-        }
-        if not isinstance(self.randomize_seed, bool):
-            raise ValueError(f"randomize_seed must be true or false, got {_shown(self.randomize_seed)}")
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-
-    def with_drawn_seed(self) -> "GenerationRequest":
-        """The request with its seed decided: drawn from the whole range where `randomize_seed` asks for it."""
-        if not self.randomize_seed:
-            return self
-        return replace(self, seed=secrets.randbelow(SEED[1] + 1), randomize_seed=False)
 
 
 @dataclass(frozen=True)
@@ -122,21 +77,22 @@ class Studio:
         self.checkpoint = str(checkpoint)
         if not (Path(checkpoint) / "model_index.json").is_file() and not re.fullmatch(HUB_ID, str(checkpoint)):
             raise ValueError(f"checkpoint must be a folder with a model_index.json or a hub id, got {checkpoint}")
-        self.pipeline = CoSERPipeline.from_pretrained(checkpoint, torch_dtype=self.dtype).to(self.device)
+        self.pipeline = CoSERPipeline.from_pretrained(checkpoint).to(self.device, self.dtype)
         self.lane = threading.Lock()
         self._finish_seconds = 2.0  # what reconstruction took last time; the first run's estimate starts from this
         source = "the shipped one" if Path(checkpoint) == SMALL else "as asked"
         scan = scan_backend(self.device)
         scan_reason = "mamba_ssm's kernels load" if scan == "triton" else "no CUDA with triton and mamba_ssm"
-        log.info("device %s (%s), dtype %s (%s), scan %s (%s), checkpoint %s (%s), loaded in %.1f s", self.device,
-                 device_reason, str(self.dtype).removeprefix("torch."), dtype_reason, scan, scan_reason, checkpoint, source,
-                 time.perf_counter() - began)
+        log.info("device %s (%s), dtype %s (%s), scan %s (%s), checkpoint %s (%s), loaded in %.1f s",
+                 self.device, device_reason, str(self.dtype).removeprefix("torch."), dtype_reason, scan, scan_reason,
+                 checkpoint, source, time.perf_counter() - began)
 
     def generate(self, request: GenerationRequest, glb: Path,
                  should_stop: Callable[[], bool] = lambda: False) -> Iterator[GenerationUpdate]:
         """Draw the views, build the mesh, write `glb` and, beside it, the views (.png) and the run's settings (.json).
 
-        Yields an update at once, one with the starting noise, one after every denoising step, one when reconstruction starts and one at the end.
+        Yields an update at once, one with the starting noise, one after every denoising step, one when reconstruction
+        starts and one at the end.
         `should_stop` is asked between steps; a stopped run ends with stage "stopped" and writes nothing.
         Raises ValueError when the views hold nothing that a mesh could be made of.
         """
@@ -152,6 +108,9 @@ class Studio:
             self.lane.release()
 
     def _generate(self, run: "_Run", glb: Path, should_stop: Callable[[], bool]) -> Iterator[GenerationUpdate]:
+        if should_stop():  # asked while this run waited for its turn
+            yield run.stopped()
+            return
         last = None
         run.picture = grid(self._starting_noise(run.request))
         yield run.update("denoising", "Starting from noise")
@@ -223,7 +182,7 @@ class _Run:
         total = self.request.num_inference_steps
         left = None
         if self.step_seconds:
-            steady = self.step_seconds[1:] or self.step_seconds  # the first step also pays for the text and for warming up
+            steady = self.step_seconds[1:] or self.step_seconds  # the first also pays for the text and for warming up
             left = statistics.median(steady) * (total - self.step) + self.finish_seconds
         percent = math.floor(100 * self.step / (total + 1))  # the mesh counts as one step more
         return GenerationUpdate(stage, self.step, total, percent, left, self.request.seed, message,
@@ -244,9 +203,17 @@ def generator_of(request: GenerationRequest) -> torch.Generator:
 def grid(views: ViewSet) -> Image.Image:
     """ViewSet => one picture of all views on white, TILE pixels a view whatever the views' own size."""
     if views.views.shape[-1] != TILE:
-        parts = (F.interpolate(t.float(), (TILE, TILE), mode="bilinear") for t in (views.views, views.masks, views.depths))
-        views = ViewSet(*parts)
+        views = ViewSet(*(F.interpolate(t.float(), (TILE, TILE), mode="bilinear")
+                          for t in (views.views, views.masks, views.depths)))
     return picture_grid(views_to_uint8(views))
+
+
+def log_to_terminal() -> None:
+    """For entry points: our own lines on stderr, and of the libraries only what is wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
 
 
 def choose_device(device: str | None) -> tuple[torch.device, str]:
@@ -275,7 +242,7 @@ def file_name(prompt: str, seed: int) -> str:
 
 
 def session_folder(root: Path, session: str) -> Path:
-    """One visitor's folder under `root`, made when missing; its name is a hash, since the session's comes from outside."""
+    """One visitor's folder under `root`, made when missing; named by a hash, for session names come from outside."""
     folder = root / sha256(session.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -286,31 +253,3 @@ def remove_old_sessions(root: Path, seconds: float = 86_400) -> None:
     for folder in root.iterdir():
         if time.time() - folder.stat().st_mtime > seconds:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _text(name: str, value: object, shortest: int, longest: int) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} must be text, got {_shown(value)}")
-    text = " ".join(value.split())
-    if not shortest <= len(text) <= longest:
-        raise ValueError(f"{name} must have {shortest} to {longest} characters, got {len(text)}")
-    return text
-
-
-def _number(name: str, value: object, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {_shown(value)}")
-    return float(value)
-
-
-def _whole(name: str, value: object, low: int, high: int) -> int:
-    whole = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value == int(value)
-    if not whole or not low <= value <= high:
-        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {_shown(value)}")
-    return int(value)
-
-
-def _shown(value: object) -> str:
-    """A value for an error message, short whatever was sent."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""Truths about the app's API and its wiring, over HTTP; the pipeline is drawn, the page and the queue are the real thing."""
+"""Truths about the app's API and its wiring, over HTTP; only the pipeline is not the real thing."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor

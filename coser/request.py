@@ -1,0 +1,83 @@
+"""What may be asked for: one checked request, the same for app, command line and API."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from dataclasses import dataclass, replace
+
+from coser.cameras import ELEVATION
+from coser.pipeline import ELEVATIONS, NUM_VIEWS
+
+PROMPT_LENGTH = (1, 300)  # characters; the pipeline reads the first 64 tokens, so hardly a word of these is lost
+GUIDANCE_SCALE = (1.0, 12.0)
+NUM_INFERENCE_STEPS = (1, 50)
+SEED = (0, 2**31 - 1)
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What a visitor asks for, checked on construction: ValueError names the field, its value and what is allowed.
+
+    prompt: 1 to 300 characters after trimming. num_views: 4 to 24, a closed ring. guidance_scale: 1 to 12.
+    num_inference_steps: 1 to 50. elevation: 0 to 30 degrees. seed: 0 to 2**31 - 1; with `randomize_seed` it is drawn
+    anew and the drawn one is reported back. negative_prompt: at most 300 characters.
+    """
+
+    prompt: str
+    num_views: int = 12
+    guidance_scale: float = 4.0
+    num_inference_steps: int = 20
+    elevation: float = ELEVATION
+    seed: int = 0
+    randomize_seed: bool = False
+    negative_prompt: str = ""
+
+    def __post_init__(self):
+        checked = {
+            "prompt": _text("prompt", self.prompt, *PROMPT_LENGTH),
+            "num_views": _whole("num_views", self.num_views, *NUM_VIEWS),
+            "guidance_scale": _number("guidance_scale", self.guidance_scale, *GUIDANCE_SCALE),
+            "num_inference_steps": _whole("num_inference_steps", self.num_inference_steps, *NUM_INFERENCE_STEPS),
+            "elevation": _number("elevation", self.elevation, *ELEVATIONS),
+            "seed": _whole("seed", self.seed, *SEED),
+            "negative_prompt": _text("negative_prompt", self.negative_prompt, 0, PROMPT_LENGTH[1]),
+        }
+        if not isinstance(self.randomize_seed, bool):
+            raise ValueError(f"randomize_seed must be true or false, got {_shown(self.randomize_seed)}")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def with_drawn_seed(self) -> "GenerationRequest":
+        """The request with its seed decided: drawn from the whole range where `randomize_seed` asks for it."""
+        if not self.randomize_seed:
+            return self
+        return replace(self, seed=secrets.randbelow(SEED[1] + 1), randomize_seed=False)
+
+
+def _text(name: str, value: object, shortest: int, longest: int) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be text, got {_shown(value)}")
+    text = " ".join(value.split())
+    if not shortest <= len(text) <= longest:
+        raise ValueError(f"{name} must have {shortest} to {longest} characters, got {len(text)}")
+    return text
+
+
+def _number(name: str, value: object, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {_shown(value)}")
+    return float(value)
+
+
+def _whole(name: str, value: object, low: int, high: int) -> int:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value != int(value) or not low <= value <= high:
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {_shown(value)}")
+    return int(value)
+
+
+def _shown(value: object) -> str:
+    """A value for an error message, short whatever was sent."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
