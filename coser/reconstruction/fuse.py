@@ -22,6 +22,7 @@ from coser.cameras import Cameras, pixel_centers
 from coser.reconstruction.floor import cut_floor
 from coser.views import ViewSet
 
+FINEST = 1.5  # pixels; a finer grid would cost time and show nothing more
 TRUNCATION = 3.0  # voxels; a view behind whose surface a point lies deeper than this has no say
 REACH = 4  # pixels; silhouette distances are exact up to here
 MARGIN = 3  # voxels of air around the object
@@ -54,7 +55,7 @@ def fuse(views: ViewSet, cameras: Cameras, resolution: int = 128) -> tuple[np.nd
     maps = view_maps(views, cameras)
     low, high = _bounds(views, cameras)
     pixel = _pixel_size(cameras, views.views.shape[-1], cameras.centers.norm(dim=-1).mean())
-    voxel = max(float((high - low).clamp_min(8 * pixel).prod()) ** (1 / 3) / resolution, float(pixel))
+    voxel = max(float((high - low).clamp_min(8 * pixel).prod()) ** (1 / 3) / resolution, FINEST * float(pixel))
     axes = [torch.arange(float(low[k]) - MARGIN * voxel, float(high[k]) + (MARGIN + 1) * voxel, voxel,
                          device=maps.nearness.device) for k in range(3)]
     cells = _classify(maps, cameras, axes, voxel)
@@ -196,8 +197,8 @@ def _classify(maps: ViewMaps, cameras: Cameras, axes: list[Tensor], voxel: float
     column, row = (uv * size).long().clamp(0, size - 1).unbind(-1)
     index = row * size + column
     first, last = (1 / m.flatten(1).gather(1, index) for m in (closest, furthest))
-    free = (depth < first - doubt - 2 * voxel).sum(0) >= min(2, len(cameras))
-    hidden = ((depth > last + doubt + TRUNCATION * voxel) & (last > 0)).all(0)
+    free = (depth < first - doubt - voxel).sum(0) >= min(2, len(cameras))
+    hidden = ((depth > last + doubt + 1.5 * voxel) & (last > 0)).all(0)
     blocks = (free.int() * FREE + (hidden & ~free).int() * HIDDEN).view(corners.shape[:3])
     for dim, axis in enumerate(axes):
         nearest = ((torch.arange(len(axis), device=axis.device) + 1) // 2).clamp(max=blocks.shape[dim] - 1)

@@ -8,6 +8,7 @@ from pathlib import Path
 import fast_simplification
 import numpy as np
 import pygltflib
+from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
@@ -93,20 +94,110 @@ def _compact(vertices: np.ndarray, faces: np.ndarray) -> Mesh:
 def simplify(mesh: Mesh, max_faces: int) -> Mesh:
     """The mesh with at most `max_faces` faces by quadric edge collapses, still watertight when it was.
 
-    A collapse may pinch a thin place shut, which no later step can mend; then the mesh is simplified less eagerly, and, when
-    even that pinches, less far: closedness goes before the budget.
+    Should a collapse ever tear the surface, it is simplified less far instead: closedness goes before the budget.
     """
-    if max_faces < 4:
-        raise ValueError(f"max_faces must be at least 4, got {max_faces}")
+    if max_faces < 100:
+        raise ValueError(f"max_faces must be at least 100, got {max_faces}")
     target = max_faces
     while target < len(mesh.faces):
-        for eagerness in (5.0, 3.0):
-            vertices, faces = fast_simplification.simplify(mesh.vertices, mesh.faces, target_count=target, agg=eagerness)
-            simple = _compact(vertices.astype(np.float32), faces.astype(np.int64))
-            if simple.is_watertight:
-                return simple
-        target = target * 3 // 2
+        vertices, faces = fast_simplification.simplify(mesh.vertices, mesh.faces, target_count=target, agg=5.0)
+        simple = part_pinches(_compact(vertices.astype(np.float32), faces.astype(np.int64)))
+        if not simple.is_watertight:
+            target = target * 3 // 2
+        elif len(simple.faces) > max_faces and target <= max_faces:  # parting a pinch adds a face or two
+            target -= len(simple.faces) - max_faces
+        else:
+            return simple
     return mesh
+
+
+def part_pinches(mesh: Mesh) -> Mesh:
+    """The mesh cut apart where collapses pinched it: at edges of more than two faces and vertices of more than one fan.
+
+    Every half-edge gets exactly one twin, such that the two bound one piece of the solid; corners joined by twins then share
+    a vertex, others do not. The copies of a parted vertex move a hundredth of the way into their own faces.
+    """
+    faces = _without_folds(mesh.faces)
+    count, half_edges = len(mesh.vertices), np.arange(faces.size)
+    ahead_of = half_edges // 3 * 3 + (half_edges + 1) % 3  # the next half-edge of the same face
+    start, end = faces.ravel(), np.roll(faces, -1, 1).ravel()
+    forward, backward = start * count + end, end * count + start
+    order, twin_order = np.argsort(forward, kind="stable"), np.argsort(backward, kind="stable")
+    if not np.array_equal(forward[order], backward[twin_order]):
+        return mesh  # open or turned edges: nothing to pair with
+    twin = np.empty_like(half_edges)
+    twin[order] = twin_order
+    keys, first, crowd = np.unique(forward[order], return_index=True, return_counts=True)
+    for key, i, n in zip(keys[crowd > 1], first[crowd > 1], crowd[crowd > 1]):
+        if key // count < key % count:
+            going, coming = order[i:i + n], twin_order[i:i + n]
+            coming = coming[_pair_around(mesh.vertices, faces, start, end, going, coming)]
+            twin[going], twin[coming] = coming, going
+    corners = coo_matrix((np.ones(2 * faces.size, bool), (np.concatenate([half_edges, ahead_of]),
+                                                          np.concatenate([ahead_of[twin], twin]))), (faces.size,) * 2)
+    parts, label = connected_components(corners, directed=False)
+    origin = np.empty(parts, np.int64)
+    origin[label] = start
+    parted = np.bincount(origin, minlength=count)[origin] > 1
+    middle = mesh.vertices[faces].mean(1)[half_edges // 3]
+    around = np.stack([np.bincount(label, middle[:, k], parts) for k in range(3)], -1)
+    around /= np.bincount(label, minlength=parts)[:, None]
+    vertices = mesh.vertices[origin]
+    vertices = np.where(parted[:, None], vertices + 0.01 * (around - vertices), vertices).astype(np.float32)
+    return _part_double_edges(Mesh(vertices, label.reshape(-1, 3).astype(np.int64)), twin)
+
+
+def _part_double_edges(mesh: Mesh, twin: np.ndarray) -> Mesh:
+    """Where two pairs of half-edges still run between the same two vertices, all but one get a vertex in the middle."""
+    count = len(mesh.vertices)
+    start, end = mesh.faces.ravel(), np.roll(mesh.faces, -1, 1).ravel()
+    upward = np.flatnonzero(start < end)
+    _, first = np.unique(start[upward] * count + end[upward], return_index=True)
+    vertices, faces, touched = list(mesh.vertices), mesh.faces.copy(), set()
+    for edge in np.setdiff1d(np.arange(len(upward)), first):
+        halves = upward[edge], twin[upward[edge]]
+        if touched.isdisjoint(h // 3 for h in halves):
+            touched.update(h // 3 for h in halves)
+            a, b, c, d = (mesh.vertices[i] for i in (start[halves[0]], end[halves[0]],
+                                                     *(mesh.faces[h // 3, (h + 2) % 3] for h in halves)))
+            middle = len(vertices)
+            vertices.append(np.float32(0.495) * (a + b) + np.float32(0.005) * (c + d))
+            for h in halves:
+                triangle = mesh.faces[h // 3]
+                faces[h // 3] = np.where(triangle == end[h], middle, triangle)
+                faces = np.concatenate([faces, np.where(triangle == start[h], middle, triangle)[None]])
+    parted = Mesh(np.stack(vertices), faces)
+    return part_pinches(parted) if touched else parted
+
+
+def _without_folds(faces: np.ndarray) -> np.ndarray:
+    """Faces without pairs that lie back to back on the same three vertices."""
+    corners = np.sort(faces, 1)
+    turned = (faces.argmin(1)[:, None] + [0, 1]) % 3
+    second = np.take_along_axis(faces, turned, 1)[:, 1]
+    side = np.where(second == corners[:, 1], 1, -1)
+    _, group = np.unique(corners, axis=0, return_inverse=True)
+    group = group.ravel()
+    balance, size = np.bincount(group, side), np.bincount(group)
+    return faces[~((size == 2) & (balance == 0))[group]]
+
+
+def _pair_around(vertices, faces, start, end, going, coming) -> np.ndarray:
+    """Half-edges along one edge, some going a -> b, as many coming b -> a: which of `coming` bounds the solid with each going one.
+
+    Seen along a -> b, the solid lies clockwise of a going face, so its partner is the next coming face clockwise.
+    """
+    a, b = vertices[start[going[0]]].astype(np.float64), vertices[end[going[0]]].astype(np.float64)
+    axis = (b - a) / max(np.linalg.norm(b - a), 1e-20)
+    side = np.cross(axis, np.eye(3)[np.abs(axis).argmin()])
+    side /= np.linalg.norm(side)
+
+    def angle(half_edges):
+        third = vertices[faces[half_edges // 3, (half_edges + 2) % 3]] - a
+        return np.arctan2(third @ np.cross(axis, side), third @ side)
+
+    gap = (angle(going)[:, None] - angle(coming)[None]) % (2 * np.pi)
+    return linear_sum_assignment(gap)[1]
 
 
 def with_normals(mesh: Mesh) -> Mesh:
