@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coser.cameras import Cameras, pixel_centers
+from coser.cameras import Cameras
 from coser.views import ViewSet
 
 NEAR_PLANE = 1e-2  # triangles with a corner nearer than this are left out: objects are orbited, never entered
@@ -102,22 +102,24 @@ def _rasterize_chunk(corners: Tensor, linear: Tensor, visible: Tensor, size: int
     return Fragments(face.view(n, size, size), depth.view(n, size, size))
 
 
-def barycentrics(fragments: Fragments, vertices: Tensor, faces: Tensor, cameras: Cameras) -> Tensor:
-    """World-space barycentric weights of each pixel's hit, [N,S,S,3]; zeros where nothing was hit."""
-    n, size = fragments.faces.shape[:2]
-    hit = fragments.faces.reshape(n, -1) >= 0
-    view, pixel = hit.nonzero(as_tuple=True)
-    origins, directions = cameras.to(vertices.device).rays(pixel_centers(size, vertices.device))
-    point = origins[view, pixel] + fragments.depths.reshape(n, -1)[hit][:, None] * directions[view, pixel]
-    a, b, c = vertices[faces[fragments.faces.reshape(n, -1)[hit]]].unbind(1)
-    normal = torch.cross(b - a, c - a, dim=-1)
-    squared = normal.square().sum(-1).clamp_min(1e-20)
-    wb = (torch.cross(point - a, c - a, dim=-1) * normal).sum(-1) / squared
-    wc = (torch.cross(b - a, point - a, dim=-1) * normal).sum(-1) / squared
+def barycentrics(fragments: Fragments, pixels: tuple[Tensor, Tensor, Tensor], vertices: Tensor, faces: Tensor,
+                 cameras: Cameras) -> Tensor:
+    """World-space barycentric weights [P,3] of what the pixels (view [P], row [P], column [P]; all hits) see."""
+    view, i, j = pixels
+    size = fragments.faces.shape[-1]
+    uv = torch.stack([j + 0.5, i + 0.5], -1) / size
+    xy = torch.stack([uv[:, 0] * 2 - 1, 1 - uv[:, 1] * 2], -1)
+    depth = fragments.depths[view, i, j][:, None]
+    local = torch.cat([xy if cameras.orthographic else xy * (depth / cameras.focal), -depth], -1)
+    point = (local[:, None] @ cameras.rotations[view])[:, 0] + cameras.centers[view]
+    a, b, c = vertices[faces[fragments.faces[view, i, j]]].unbind(1)
+    ab, ac, ap = b - a, c - a, point - a
+    bb, bc, cc = (ab * ab).sum(-1), (ab * ac).sum(-1), (ac * ac).sum(-1)
+    pb, pc = (ap * ab).sum(-1), (ap * ac).sum(-1)
+    det = (bb * cc - bc * bc).clamp_min(1e-20)
+    wb, wc = (cc * pb - bc * pc) / det, (bb * pc - bc * pb) / det
     weights = torch.stack([1 - wb - wc, wb, wc], -1).clamp(0, 1)
-    out = vertices.new_zeros(n, size * size, 3)
-    out[view, pixel] = weights / weights.sum(-1, keepdim=True).clamp_min(1e-9)
-    return out.view(n, size, size, 3)
+    return weights / weights.sum(-1, keepdim=True).clamp_min(1e-9)
 
 
 def face_shading(vertices: Tensor, faces: Tensor, centers: Tensor) -> Tensor:
@@ -145,13 +147,14 @@ def render(vertices: Tensor, faces: Tensor, corner_colors: Tensor, cameras: Came
     n = len(cameras)
     fragments = rasterize(vertices, faces, cameras, size * supersample)
     hit = fragments.faces >= 0
-    flat = bool((corner_colors == corner_colors[:, :1]).all())  # one colour a face: no weights needed, twice as quick
     view, i, j = hit.nonzero(as_tuple=True)
     face = fragments.faces[hit]
-    if flat:
-        color = corner_colors[:, 0][face]
-    else:
-        color = torch.einsum("pk,pkc->pc", barycentrics(fragments, vertices, faces, cameras)[hit], corner_colors[face])
+    color = corner_colors[:, 0][face]
+    # most low-poly faces have one colour: only the others need weights
+    varied = (corner_colors != corner_colors[:, :1]).flatten(1).any(1)[face].nonzero()[:, 0]
+    if len(varied):
+        weights = barycentrics(fragments, (view[varied], i[varied], j[varied]), vertices, faces, cameras)
+        color[varied] = torch.einsum("pk,pkc->pc", weights, corner_colors[face[varied]])
     if shade:
         color = color * face_shading(vertices, faces, cameras.centers)[view, face][:, None]
     picture = vertices.new_zeros(n, size * supersample, size * supersample, 5)

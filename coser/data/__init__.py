@@ -1,0 +1,1 @@
+"""Assets with captions, their rendered rings of views, and the data sets that training reads."""

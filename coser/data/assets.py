@@ -1,0 +1,130 @@
+"""Assets: captioned meshes read from a folder, either packed (index.jsonl + npz shards) or loose GLB/glTF/OBJ files.
+
+Packed form: `index.jsonl`, a JSON object a line with at least `id` and `shard`, and optionally `split`, `object`,
+`captions`, `colors`, `quality`, `front_known`; each shard is a numpy archive with `<id>_v` [V,3], `<id>_f` [F,3] and
+`<id>_c` uint8 [F,3,3] (RGB of each face's corners).
+Loose form: any GLB, glTF or OBJ below the folder; its captions are the lines of a text file of the same name beside it
+(`barrel.glb`, `barrel.txt`), or else its file name. Loose meshes are centred and scaled into the unit sphere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LOOSE_SUFFIXES = (".glb", ".gltf", ".obj")
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One captioned mesh; geometry is read when asked for (`load_mesh`)."""
+
+    id: str
+    path: Path
+    split: str = "train"
+    object: str = ""
+    captions: tuple[str, ...] = ()
+    colors: tuple[str, ...] = ()
+    quality: int = 2
+    front_known: bool = True
+    packed: bool = field(default=True, repr=False)
+
+
+def list_assets(folder: str | Path, split: str | None = None, min_quality: int = 0, min_object_count: int = 1,
+                words: list[str] | None = None, limit: int | None = None) -> list[Asset]:
+    """The assets below `folder`, in a fixed order.
+
+    split: keep this split only. min_quality: leave out assets judged below it. min_object_count: keep only assets whose
+    object's last word ("oak tree" -> "tree") is shared by at least this many of the rest. words: keep only
+    assets whose object's last word is one of these. limit: the first so many of a
+    fixed shuffle, so that a smaller subset is part of every larger one. Raises ValueError when nothing is left.
+    """
+    folder = Path(folder)
+    index = folder / "index.jsonl"
+    if index.is_file():
+        assets = [_packed_asset(folder, json.loads(line)) for line in index.read_text().splitlines() if line.strip()]
+    else:
+        assets = [_loose_asset(folder, path) for path in sorted(folder.rglob("*")) if path.suffix.lower() in LOOSE_SUFFIXES]
+    assets = [a for a in assets if (split is None or a.split == split) and a.quality >= min_quality]
+    counts = Counter(last_word(a) for a in assets)
+    assets = [a for a in assets if counts[last_word(a)] >= min_object_count and (words is None or last_word(a) in words)]
+    if limit is not None:
+        order = np.random.default_rng(0).permutation(len(assets))
+        assets = [assets[i] for i in sorted(order[:limit])]
+    if not assets:
+        raise ValueError(f"no assets found in {folder} (split={split!r}, min_quality={min_quality}, "
+                         f"min_object_count={min_object_count}); expected index.jsonl or {', '.join(LOOSE_SUFFIXES)} files")
+    return assets
+
+
+def last_word(asset: Asset) -> str:
+    """The noun that names the kind of object: "oak tree" -> "tree"."""
+    return asset.object.split()[-1].lower() if asset.object else ""
+
+
+def _packed_asset(folder: Path, row: dict) -> Asset:
+    return Asset(id=row["id"], path=folder / row["shard"], split=row.get("split", "train"), object=row.get("object", ""),
+                 captions=tuple(row.get("captions", ())) or (row.get("object", row["id"]),),
+                 colors=tuple(row.get("colors", ())), quality=row.get("quality", 2),
+                 front_known=row.get("front_known", True))
+
+
+def _loose_asset(folder: Path, path: Path) -> Asset:
+    name = path.stem.replace("_", " ").replace("-", " ").strip()
+    text = path.with_suffix(".txt")
+    captions = [line.strip() for line in text.read_text().splitlines() if line.strip()] if text.is_file() else []
+    asset_id = str(path.relative_to(folder).with_suffix("")).replace("/", "__").replace("\\", "__")
+    return Asset(id=asset_id, path=path, object=name, captions=tuple(captions) or (name,), packed=False)
+
+
+_open_shards: dict[Path, np.lib.npyio.NpzFile] = {}  # numpy reads members lazily: one open archive a process and shard
+
+
+def load_mesh(asset: Asset) -> tuple[Tensor, Tensor, Tensor]:
+    """Asset => vertices [V,3] float32 in the unit sphere, faces [F,3] int64, corner_colors [F,3,3] in [0,1]."""
+    if asset.packed:
+        if asset.path not in _open_shards:
+            _open_shards[asset.path] = np.load(asset.path, allow_pickle=False)
+        shard = _open_shards[asset.path]
+        vertices, faces, colors = (shard[f"{asset.id}_{part}"] for part in "vfc")
+        return (torch.from_numpy(vertices.astype(np.float32)), torch.from_numpy(faces.astype(np.int64)),
+                torch.from_numpy(colors.astype(np.float32) / 255))
+    return _load_loose(asset.path)
+
+
+def _load_loose(path: Path) -> tuple[Tensor, Tensor, Tensor]:
+    import trimesh  # only people with loose files pay for it
+
+    scene = trimesh.load(path, force="scene")
+    vertices, faces, colors, offset = [], [], [], 0
+    for mesh in scene.dump():
+        if not isinstance(mesh, trimesh.Trimesh) or not len(mesh.faces):
+            continue
+        vertices.append(mesh.vertices)
+        faces.append(mesh.faces + offset)
+        colors.append(_corner_colors(mesh))
+        offset += len(mesh.vertices)
+    if not vertices:
+        raise ValueError(f"{path} holds no triangles")
+    vertices = np.concatenate(vertices)
+    vertices = vertices - (vertices.min(0) + vertices.max(0)) / 2
+    vertices = vertices / max(np.linalg.norm(vertices, axis=1).max(), 1e-9)
+    return (torch.from_numpy(vertices.astype(np.float32)), torch.from_numpy(np.concatenate(faces).astype(np.int64)),
+            torch.from_numpy(np.concatenate(colors).astype(np.float32)))
+
+
+def _corner_colors(mesh) -> np.ndarray:
+    """Colour of each face corner, [F,3,3] in [0,1], from texture, vertex or face colours, whichever the mesh has."""
+    visual = mesh.visual
+    if visual.kind == "face":
+        return np.repeat(visual.face_colors[:, None, :3], 3, axis=1) / 255
+    if visual.kind == "texture" and visual.uv is None:
+        return np.broadcast_to(visual.material.main_color[:3] / 255, (len(mesh.faces), 3, 3))
+    colors = visual.to_color() if visual.kind == "texture" else visual
+    return colors.vertex_colors[mesh.faces][..., :3] / 255

@@ -1,0 +1,156 @@
+"""What training reads: batches of rendered views for the autoencoder, batches of latent rings with captions for the denoiser.
+
+Batches are functions of (seed, step) alone: a resumed run draws what the uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from coser.cameras import Cameras
+from coser.data.render import load_ring, ring_to_views
+from coser.views import ViewSet, views_to_channels
+
+CHANNEL_ORDERS = torch.tensor([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The random numbers of one training step, whatever happened before it."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+@dataclass(frozen=True)
+class Ring:
+    """One rendered ring file and what is known of its asset."""
+
+    path: Path
+    asset_id: str
+    object: str
+    captions: tuple[str, ...]
+    colors: tuple[str, ...]
+
+
+def list_rings(renders: str | Path, limit: int | None = None) -> list[Ring]:
+    """The ring files of a folder written by coser.data.render, sorted by name. Raises ValueError when there are none."""
+    renders = Path(renders)
+    index = renders / "index.jsonl"
+    if not index.is_file():
+        raise ValueError(f"{renders} holds no index.jsonl; make it with python -m coser.data.render ASSETS {renders}")
+    known = {row["id"]: row for row in map(json.loads, index.read_text().splitlines())}
+    rings = []
+    for path in sorted(renders.glob("*.safetensors")):
+        asset_id = path.stem.rsplit("-", 1)[0]
+        row = known[asset_id]
+        rings.append(Ring(path, asset_id, row["object"], tuple(row["captions"]), tuple(row["colors"])))
+    if not rings:
+        raise ValueError(f"{renders} holds no rendered rings yet")
+    return rings[:limit]
+
+
+class ViewBatches:
+    """Random views of random rings as channels [B,5,S,S] in [0,1], mirrored and with swapped colour channels at random.
+
+    on_device: keep all views on `device` as uint8 and float16 (24 views of 256x256 are 9 MiB), else read from disk.
+    """
+
+    def __init__(self, rings: list[Ring], batch_size: int, seed: int = 0, device: str = "cpu", on_device: bool = False):
+        self.rings, self.batch_size, self.seed, self.device = rings, batch_size, seed, device
+        self.cache = [{k: v.to(device) for k, v in load_file(r.path).items()} for r in rings] if on_device else None
+        self.files: dict[Path, object] = {}
+
+    def _view(self, ring: int, pick: float) -> dict[str, Tensor]:
+        if self.cache is not None:
+            i = int(pick * len(self.cache[ring]["rgba"]))
+            return {k: self.cache[ring][k][i:i + 1] for k in ("rgba", "depths")}
+        with safe_open(self.rings[ring].path, "pt") as file:
+            rgba, depths = file.get_slice("rgba"), file.get_slice("depths")
+            i = int(pick * rgba.get_shape()[0])
+            return {"rgba": rgba[i:i + 1].to(self.device), "depths": depths[i:i + 1].to(self.device)}
+
+    def __call__(self, step: int) -> Tensor:
+        generator = step_generator(self.seed, step)
+        rings = torch.randint(len(self.rings), (self.batch_size,), generator=generator).tolist()
+        picks = torch.rand(self.batch_size, generator=generator).tolist()
+        views = [self._view(ring, pick) for ring, pick in zip(rings, picks)]
+        channels = views_to_channels(ring_to_views({k: torch.cat([v[k] for v in views]) for k in ("rgba", "depths")}))
+        # half keep their colours: swapped channels teach other hues, not what is common
+        order = torch.randint(6, (self.batch_size,), generator=generator) * (torch.rand(self.batch_size, generator=generator) < 0.5)
+        rgb = channels[:, :3].gather(1, CHANNEL_ORDERS[order].to(self.device)[:, :, None, None].expand_as(channels[:, :3]))
+        channels = torch.cat([rgb, channels[:, 3:]], 1)
+        mirror = (torch.rand(self.batch_size, generator=generator) < 0.5).to(self.device)[:, None, None, None]
+        return torch.where(mirror, channels.flip(3), channels)
+
+
+def held_out_views(rings: list[Ring], per_ring: int = 2) -> ViewSet:
+    """The first `per_ring` views, evenly spaced, of every ring: a fixed set for evaluation."""
+    parts = []
+    for ring in rings:
+        views, _ = load_ring(ring.path)
+        parts.append(views[::max(1, len(views) // per_ring)][:per_ring])
+    return ViewSet.cat(parts)
+
+
+@dataclass(frozen=True)
+class RingBatch:
+    """B samples of N views: latents [B,N,C,h,w], their shared cameras, and a caption each ("" where text was dropped)."""
+
+    latents: Tensor
+    cameras: Cameras
+    captions: list[str]
+
+
+class LatentRings:
+    """Latent rings of many assets, cached as one tensor a ring length and elevation; draws batches for the denoiser.
+
+    All samples of a batch share view count, start and elevation, so that they share one geometry; text is dropped for
+    `drop_text` of them. latents: per ring [V,C,h,w]; rings of a batch come from one elevation.
+    """
+
+    def __init__(self, rings: list[Ring], latents: list[Tensor], elevations: list[float], seed: int = 0,
+                 view_counts: tuple[int, ...] = (4, 6, 8, 12), views_per_batch: int = 48, drop_text: float = 0.1):
+        self.groups: dict[float, list[int]] = {}
+        for i, elevation in enumerate(elevations):
+            self.groups.setdefault(round(elevation, 3), []).append(i)
+        self.rings, self.latents, self.seed = rings, latents, seed
+        self.view_counts, self.views_per_batch, self.drop_text = view_counts, views_per_batch, drop_text
+        self.ring_length = len(latents[0])
+        bad = [n for n in view_counts if self.ring_length % n]
+        if bad:
+            raise ValueError(f"view_counts must divide the {self.ring_length} rendered views of a ring, got {bad}")
+
+    def __call__(self, step: int) -> RingBatch:
+        generator = step_generator(self.seed, step)
+
+        def draw(n: int) -> int:
+            return int(torch.randint(n, (), generator=generator))
+
+        elevation = _group_of(draw(len(self.rings)), self.groups)
+        members = self.groups[elevation]
+        num_views = self.view_counts[draw(len(self.view_counts))]
+        stride = self.ring_length // num_views
+        start = draw(stride)
+        picks = [members[draw(len(members))] for _ in range(max(1, self.views_per_batch // num_views))]
+        latents = torch.stack([self.latents[i][start::stride] for i in picks]).float()
+        captions = []
+        for i in picks:
+            choices = self.rings[i].captions
+            caption = choices[draw(len(choices))]
+            captions.append("" if float(torch.rand((), generator=generator)) < self.drop_text else caption)
+        cameras = Cameras.orbit(num_views, elevation, start=start * 360 / self.ring_length)
+        return RingBatch(latents, cameras, captions)
+
+
+def _group_of(position: int, groups: dict[float, list[int]]) -> float:
+    """The group that holds the position-th ring when groups are laid end to end: larger groups are drawn more often."""
+    for key, members in groups.items():
+        if position < len(members):
+            return key
+        position -= len(members)
+    raise ValueError(f"position {position} lies outside all groups")

@@ -1,0 +1,113 @@
+"""Render every asset of a folder into rings of posed views: `python -m coser.data.render ASSETS RENDERS`.
+
+One safetensors file a ring, `<asset id>-<ring>.safetensors`: rgba uint8 [N,4,S,S] (colour premultiplied), depths float16
+[N,1,S,S], azimuths and elevations float32 [N] in degrees. `index.jsonl` beside them repeats what is known of each asset.
+Files that exist are kept, so an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from coser.cameras import ELEVATION, Cameras
+from coser.data.assets import Asset, list_assets, load_mesh
+from coser.rasterizer import render
+from coser.views import ViewSet
+
+MAX_ELEVATION = 30.0
+
+
+def render_ring(asset: Asset, ring: int, num_views: int = 24, size: int = 256, device: str = "cpu") -> tuple[ViewSet, Cameras]:
+    """Ring 0 sees the asset at the default elevation, every further one at a random elevation in [0,30]; both from azimuth 0."""
+    seed = zlib.crc32(f"{asset.id}-{ring}".encode())
+    generator = torch.Generator().manual_seed(seed)
+    elevation = ELEVATION if ring == 0 else float(torch.rand((), generator=generator)) * MAX_ELEVATION
+    cameras = Cameras.orbit(num_views, elevation)
+    vertices, faces, colors = (t.to(device) for t in load_mesh(asset))
+    return render(vertices, faces, colors, cameras, size), cameras
+
+
+def save_ring(path: Path, views: ViewSet, cameras: Cameras) -> None:
+    """Writes to a temporary name first: a killed run leaves no half file."""
+    rgba = (torch.cat([views.views, views.masks], 1).clamp(0, 1) * 255).round().to(torch.uint8)
+    temporary = path.with_suffix(f".tmp{os.getpid()}")
+    save_file({"rgba": rgba.cpu().contiguous(), "depths": views.depths.half().cpu().contiguous(),
+               "azimuths": cameras.azimuths.cpu().contiguous(), "elevations": cameras.elevations.cpu().contiguous()}, temporary)
+    temporary.replace(path)
+
+
+def ring_to_views(tensors: dict[str, Tensor]) -> ViewSet:
+    """A ring file's tensors (or a slice of them) => ViewSet in float32."""
+    rgba = tensors["rgba"].float() / 255
+    return ViewSet(rgba[:, :3], rgba[:, 3:], tensors["depths"].float())
+
+
+def load_ring(path: str | Path) -> tuple[ViewSet, Cameras]:
+    """Ring file => its views and cameras."""
+    tensors = load_file(path)
+    return ring_to_views(tensors), Cameras.look_at_origin(tensors["azimuths"], tensors["elevations"])
+
+
+def _render_one(job: tuple[Asset, int, Path, int, int, str]) -> None:
+    asset, ring, path, num_views, size, device = job
+    save_ring(path, *render_ring(asset, ring, num_views, size, device))
+
+
+def render_assets(assets: list[Asset], output: Path, rings: int = 1, num_views: int = 24, size: int = 256,
+                  device: str = "cpu", workers: int = 1) -> None:
+    """Renders `rings` rings of every asset into `output`; on CUDA in this process, on a CPU over `workers` processes."""
+    output.mkdir(parents=True, exist_ok=True)
+    known = {}
+    if (output / "index.jsonl").is_file():
+        known = {row["id"]: row for row in map(json.loads, (output / "index.jsonl").read_text().splitlines())}
+    known |= {a.id: {k: v for k, v in asdict(a).items() if k not in ("path", "packed")} for a in assets}
+    (output / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in known.values()))
+    jobs = [(a, ring, output / f"{a.id}-{ring}.safetensors", num_views, size, device) for ring in range(rings) for a in assets]
+    # in an order that has nothing to do with the packs: an unfinished folder is a fair sample
+    jobs = sorted((job for job in jobs if not job[2].is_file()), key=lambda job: (job[1], zlib.crc32(job[0].id.encode())))
+    start = time.perf_counter()
+    if device != "cpu" or workers <= 1:
+        done = map(_render_one, jobs)
+    else:
+        pool = multiprocessing.get_context("spawn").Pool(workers, initializer=torch.set_num_threads, initargs=(1,))
+        done = pool.imap_unordered(_render_one, jobs)
+    for i, _ in enumerate(done, 1):
+        if i % 50 == 0 or i == len(jobs):
+            rate = i * num_views / (time.perf_counter() - start)
+            print(f"{i}/{len(jobs)} rings, {rate:.1f} views/s", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m coser.data.render", description=__doc__.split("\n")[0])
+    parser.add_argument("assets", type=Path, help="a packed folder (index.jsonl) or a folder of GLB, glTF or OBJ files")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--split", help="only this split of a packed folder")
+    parser.add_argument("--min-quality", type=int, default=0)
+    parser.add_argument("--min-object-count", type=int, default=1)
+    parser.add_argument("--words", nargs="+", help="only assets whose object's last word is one of these")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--rings", type=int, default=1)
+    parser.add_argument("--num-views", type=int, default=24)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    options = parser.parse_args(arguments)
+    assets = list_assets(options.assets, options.split, options.min_quality, options.min_object_count,
+                         options.words, options.limit)
+    print(f"{len(assets)} assets, {options.rings} rings of {options.num_views} views each")
+    render_assets(assets, options.output, options.rings, options.num_views, options.size, options.device, options.workers)
+
+
+if __name__ == "__main__":
+    main()

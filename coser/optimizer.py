@@ -1,0 +1,119 @@
+"""The optimiser of all trainings: fp32 master weights, Muon for matrices, AdamW for the rest, and an average of the weights.
+
+The model computes in its own dtype (bf16 on machines that are quick in it); gradients move fp32 masters, which are copied
+back. Convolution kernels are matrices here, [out, in*k*k]. Its whole state is a flat dict of tensors: safetensors, no pickle.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class MasterOptimizer:
+    """Steps a model's parameters through fp32 masters and keeps their exponential moving average.
+
+    lr is in AdamW's units for both parts (Muon's update is scaled to AdamW's root mean square, "Muon is Scalable for LLM
+    Training", section 2.2). ema_decay: the average's decay, reached by warming up as (1 + step) / (10 + step).
+    clip: largest norm of the whole gradient. use_muon=False: AdamW for all.
+    """
+
+    def __init__(self, model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.01, ema_decay: float = 0.999,
+                 clip: float = 1.0, use_muon: bool = True):
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.names = [n for n, _ in named]
+        self.params = [p for _, p in named]
+        self.lr, self.ema_decay, self.clip, self.steps = lr, ema_decay, clip, 0
+        is_matrix = [p.ndim >= 2 and min(p.shape[0], p[0].numel()) >= 8 for p in self.params]
+        self.masters = [self._master(p, m) for p, m in zip(self.params, is_matrix)]
+        self.ema = [m.clone() for m in self.masters]
+        muon = [m for m, matrix in zip(self.masters, is_matrix) if matrix and use_muon]
+        rest = [m for m, matrix in zip(self.masters, is_matrix) if not (matrix and use_muon)]
+        self.optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)] if rest else []
+        if muon:
+            self.optimizers.append(torch.optim.Muon(muon, lr=lr, weight_decay=weight_decay, momentum=0.95,
+                                                    adjust_lr_fn="match_rms_adamw"))
+
+    @staticmethod
+    def _master(p: Tensor, matrix: bool) -> Tensor:
+        master = p.detach().float().clone(memory_format=torch.contiguous_format)
+        return master.reshape(len(p), -1) if matrix else master
+
+    @torch.no_grad()
+    def step(self, lr_scale: float = 1.0) -> float:
+        """One update from the parameters' gradients (which it clears) at lr * lr_scale; returns the gradient's norm."""
+        for p, master in zip(self.params, self.masters):
+            master.grad = torch.zeros_like(master) if p.grad is None else p.grad.float().reshape(master.shape)
+            p.grad = None
+        norm = nn.utils.clip_grad_norm_(self.masters, self.clip)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * lr_scale
+            optimizer.step()
+        self.steps += 1
+        decay = min(self.ema_decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(self.ema, self.masters, 1 - decay)
+        self._write(self.masters)
+        return float(norm)
+
+    @torch.no_grad()
+    def _write(self, source: list[Tensor]) -> None:
+        for p, m in zip(self.params, source):
+            p.copy_(m.reshape(p.shape))
+
+    @torch.no_grad()
+    def averaged_copy(self, model: nn.Module, dtype: torch.dtype = torch.float16) -> nn.Module:
+        """A copy of the model with the averaged weights at their full precision, cast to `dtype` once: what is saved."""
+        copied = copy.deepcopy(model).float()
+        parameters = dict(copied.named_parameters())
+        for name, ema in zip(self.names, self.ema):
+            parameters[name].copy_(ema.reshape(parameters[name].shape))
+        return copied.to(dtype)
+
+    def use_average(self) -> None:
+        """Puts the averaged weights into the model, for evaluation or saving; `use_masters` goes back to training."""
+        self._write(self.ema)
+
+    def use_masters(self) -> None:
+        self._write(self.masters)
+
+    def state(self) -> dict[str, Tensor]:
+        """Masters, averages, the optimisers' tensors and counters, flat."""
+        out = {"steps": torch.tensor(self.steps)}
+        for name, master, ema in zip(self.names, self.masters, self.ema):
+            out[f"master/{name}"], out[f"ema/{name}"] = master, ema
+        for o, optimizer in enumerate(self.optimizers):
+            for i, entry in optimizer.state_dict()["state"].items():
+                out |= {f"optimizer/{o}/{i}/{k}": torch.as_tensor(v) for k, v in entry.items()}
+        return {k: v.detach().cpu().contiguous() for k, v in out.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Takes `state()` of a run of the same model. Raises ValueError when the parameters differ."""
+        missing = [n for n in self.names if f"master/{n}" not in state]
+        if missing:
+            raise ValueError(f"the training state has no {missing[0]!r} ({len(missing)} parameters missing); "
+                             "it belongs to another model")
+        self.steps = int(state["steps"])
+        with torch.no_grad():
+            for name, master, ema in zip(self.names, self.masters, self.ema):
+                master.copy_(state[f"master/{name}"])
+                ema.copy_(state[f"ema/{name}"])
+        for o, optimizer in enumerate(self.optimizers):
+            loaded = optimizer.state_dict()
+            entries: dict[int, dict[str, Tensor]] = {}
+            for key, value in state.items():
+                if key.startswith(f"optimizer/{o}/"):
+                    _, _, i, k = key.split("/")
+                    entries.setdefault(int(i), {})[k] = value
+            loaded["state"] = entries
+            optimizer.load_state_dict(loaded)
+        self.use_masters()
+
+
+def schedule(progress: float, step: int, warmup: int = 100, decay_from: float = 0.6, floor: float = 0.02) -> float:
+    """Learning-rate factor: linear warm-up over `warmup` steps, flat, then linear from `decay_from` of the run to `floor`."""
+    warm = min(1.0, (step + 1) / warmup)
+    fall = 1.0 if progress <= decay_from else 1 - (1 - floor) * min(1.0, (progress - decay_from) / (1 - decay_from))
+    return warm * fall

@@ -1,0 +1,156 @@
+"""CoSERPipeline: a sentence becomes a ring of views, one denoising step at a time."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from coser.cameras import ELEVATION, Cameras
+from coser.models.autoencoder import ViewAutoencoder
+from coser.models.text_encoder import SentenceTextEncoder
+from coser.models.unet import MultiviewUNet
+from coser.views import ViewSet
+
+NUM_VIEWS = (4, 24)
+MAX_TOKENS = 64  # longer prompts are cut: captions of training have at most half as many
+ELEVATIONS = (0.0, 30.0)  # degrees, as trained
+
+
+@dataclass(frozen=True)
+class MultiviewStep:
+    """One moment of a run.
+
+    index of total: denoising steps done. views: what `denoised` looks like now, a preview at reduced size until the last
+    step. latents [N,C,h,w]: the noisy state after this step. denoised [N,C,h,w]: the estimate of the clean latents.
+    """
+
+    index: int
+    total: int
+    views: ViewSet
+    latents: Tensor
+    denoised: Tensor
+    cameras: Cameras
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """Encoded text of a batch: token states [B,L,D], mask [B,L] (None: all tokens count), pooled [B,D] (None: unused)."""
+
+    states: Tensor
+    mask: Tensor | None
+    pooled: Tensor | None
+
+
+class CoSERPipeline(DiffusionPipeline):
+    """Text to multi-view diffusion (CoSER, section 3), in diffusers' form.
+
+    vae: views <-> latents. text_encoder, tokenizer: prompt -> token states. unet: the multi-view denoiser. scheduler: any
+    of diffusers' whose prediction type is the one that the UNet was trained for.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+
+    def __init__(self, vae: ViewAutoencoder, text_encoder: SentenceTextEncoder, tokenizer, unet: MultiviewUNet, scheduler):
+        super().__init__()
+        self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: list[str]) -> PromptEmbeds:
+        """B prompts ("" = no text) => token states, mask and the mean state, in the UNet's dtype."""
+        tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        tokens = tokens.to(self.text_encoder.device)
+        states = self.text_encoder(tokens.input_ids, tokens.attention_mask)
+        mask = tokens.attention_mask.bool()
+        pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        dtype = self.unet.dtype
+        return PromptEmbeds(states.to(dtype), mask, pooled.to(dtype) if self.unet.config.pooled_dim else None)
+
+    def latents_to_views(self, latents: Tensor, preview: bool = False) -> ViewSet:
+        """Normalised latents [N,C,h,w] => N views, at full size or (preview) at a quarter of the side, much quicker."""
+        return self.vae.latents_to_preview(latents) if preview else self.vae.latents_to_views(latents)
+
+    def prepare_latents(self, num_views: int, generator: torch.Generator | None = None, latents: Tensor | None = None) -> Tensor:
+        """The starting noise [N,C,h,w] in float32, from `generator` or as given."""
+        size = self.unet.unet2d.config.sample_size
+        shape = (num_views, self.unet.unet2d.config.in_channels, size, size)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents must be {list(shape)}, got {list(latents.shape)}")
+        return latents.to(self._execution_device, torch.float32) * self.scheduler.init_noise_sigma
+
+    @torch.no_grad()
+    def stream(self, prompt: str, *, num_views: int = 12, elevation: float = ELEVATION, guidance_scale: float = 4.0,
+               num_inference_steps: int = 20, negative_prompt: str = "", generator: torch.Generator | None = None,
+               latents: Tensor | None = None, mixers: tuple[str, ...] | None = None,
+               previews: bool = True) -> Iterator[MultiviewStep]:
+        """Denoises a ring of views and yields every step; the last one carries the finished views.
+
+        prompt: one sentence. num_views: 4..24. elevation: degrees, 0..30. guidance_scale: >= 1, 1 = no guidance.
+        num_inference_steps: >= 1. negative_prompt: what to move away from. generator: source of the starting noise.
+        latents [N,C,h,w]: starting noise instead. mixers: the active subset of the UNet's. Raises ValueError for anything else.
+        """
+        check_arguments(prompt, num_views, elevation, guidance_scale, num_inference_steps, negative_prompt)
+        guided = guidance_scale > 1
+        embeds = self.encode_prompt([negative_prompt, prompt] if guided else [prompt])
+        cameras = Cameras.orbit(num_views, elevation).to(self._execution_device)
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        latents = self.prepare_latents(num_views, generator, latents)
+        timesteps = self.scheduler.timesteps
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        extra = {"generator": generator} if takes_generator else {}
+        for i, timestep in enumerate(timesteps):
+            prediction = self._predict(latents, timestep, embeds, cameras, guidance_scale, mixers)
+            denoised = self._denoised(prediction, latents, timestep, i)
+            latents = self.scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
+            last = i == len(timesteps) - 1
+            views = self.latents_to_views(latents) if last else self.latents_to_views(denoised, preview=True)
+            yield MultiviewStep(i + 1, len(timesteps), views, latents, denoised, cameras)
+
+    @torch.no_grad()
+    def __call__(self, prompt: str, **arguments) -> MultiviewStep:
+        """`stream` drained: the last step, whose views are finished. Arguments and errors as there."""
+        for step in self.stream(prompt, **arguments):
+            pass
+        return step
+
+    def _predict(self, latents: Tensor, timestep: Tensor, embeds: PromptEmbeds, cameras: Cameras, guidance_scale: float,
+                 mixers: tuple[str, ...] | None) -> Tensor:
+        """The guided prediction for all views, [N,C,h,w] in float32; text-free and prompted halves go as one batch."""
+        batch = len(embeds.states)
+        scaled = self.scheduler.scale_model_input(latents, timestep).to(self.unet.dtype)
+        prediction = self.unet(scaled.expand(batch, *scaled.shape), timestep.expand(batch), embeds.states, cameras,
+                               pooled=embeds.pooled, attention_mask=embeds.mask, mixers=mixers).float()
+        return prediction[0] if batch == 1 else torch.lerp(prediction[0], prediction[1], guidance_scale)
+
+    def _denoised(self, prediction: Tensor, latents: Tensor, timestep: Tensor, index: int) -> Tensor:
+        """The estimate of the clean latents that a prediction stands for."""
+        kind = self.scheduler.config.prediction_type if "prediction_type" in self.scheduler.config else "flow_prediction"
+        if kind == "flow_prediction":  # latents = (1 - sigma) clean + sigma noise, prediction = noise - clean
+            return latents - self.scheduler.sigmas[index].to(latents.device) * prediction
+        if kind == "sample":
+            return prediction
+        alpha = self.scheduler.alphas_cumprod.to(latents.device)[timestep.long()]
+        if kind == "v_prediction":
+            return alpha.sqrt() * latents - (1 - alpha).sqrt() * prediction
+        return (latents - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
+
+
+def check_arguments(prompt: str, num_views: int, elevation: float, guidance_scale: float, num_inference_steps: int,
+                    negative_prompt: str) -> None:
+    """Raises ValueError naming argument, value and what is allowed, for the first argument that is wrong."""
+    for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        if not isinstance(text, str):
+            raise ValueError(f"{name} must be a string, got {text!r}")
+    for name, value, low, high in (("num_views", num_views, *NUM_VIEWS), ("num_inference_steps", num_inference_steps, 1, 1000)):
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+    for name, value, low, high in (("elevation", elevation, *ELEVATIONS), ("guidance_scale", guidance_scale, 1.0, 100.0)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ValueError(f"{name} must be a number from {low} to {high}, got {value!r}")

@@ -1,0 +1,124 @@
+"""Train the autoencoder on rendered views."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from coser.data.dataset import ViewBatches, held_out_views, list_rings
+from coser.models.autoencoder import ViewAutoencoder
+from coser.optimizer import MasterOptimizer
+from coser.train import Log, Options, train_loop
+from coser.views import FAR, NEAR, ViewSet, channels_to_views, depths_to_uint8, picture_grid, views_to_channels, views_to_uint8
+
+VERB = "autoencoder"
+PRESETS = {
+    "small": dict(model={}, batch_size=16, lr=1e-3),
+    "tiny": dict(model=dict(latent_channels=4, channels=(16, 16, 16), encoder_blocks=(1, 1, 1), decoder_blocks=(1, 1, 1)),
+                 batch_size=2, lr=1e-3),
+}
+OBJECT_WEIGHT = 4.0  # most pixels are background: unweighted, the model collapses to it
+DEPTH_WEIGHT = 1.5
+NOISE_ON_LATENTS = 0.05  # of a latent's standard deviation: the decoder must forgive the denoiser's errors
+KL_WEIGHT = 1e-5  # keeps the raw latents near unit scale
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=int, help="views a step, else the preset's")
+    parser.add_argument("--freeze-encoder", action="store_true", help="train the decoder only: existing latents stay valid")
+    parser.add_argument("--start", type=Path, help="autoencoder folder to start from instead of random weights")
+
+
+def reconstruction_loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """Weighted L1 + squared error + gradients at two scales between channels [B,5,H,W] in [0,1]; a scalar."""
+    covered = F.max_pool2d(target[:, 3:4], 5, stride=1, padding=2) > 0  # the object and a rim around it
+    weight = torch.where(covered, OBJECT_WEIGHT, 1.0)
+    weight = weight / weight.mean()
+    channel = predicted.new_tensor([1, 1, 1, 1, DEPTH_WEIGHT])[:, None, None]
+    error = (predicted - target) * channel
+    loss = (weight * (error.abs() + 2 * error.square())).mean()
+    for _ in range(2):
+        loss = loss + 0.5 * ((error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean())
+        error = F.avg_pool2d(error, 2)
+    return loss
+
+
+def autoencoder_figures(predicted: ViewSet, target: ViewSet) -> dict[str, float]:
+    """RGB PSNR over the object (dB), alpha IoU, and the depth's median error (units of the object's radius)."""
+    inside = target.masks > 0.5
+    squared = (predicted.views - target.views).square().mean(1, keepdim=True)
+    psnr = torch.stack([-10 * torch.log10(s[m].mean().clamp_min(1e-10)) for s, m in zip(squared, inside) if m.any()])
+    both, either = inside & (predicted.masks > 0.5), inside | (predicted.masks > 0.5)
+    valid = both & (predicted.depths > 0)
+    error = (predicted.depths - target.depths).abs()
+    medians = torch.stack([e[v].median() for e, v in zip(error, valid) if v.any()])
+    return {"psnr": float(psnr.mean()), "alpha_iou": float((both.sum((1, 2, 3)) / either.sum((1, 2, 3)).clamp_min(1)).mean()),
+            "depth_error": float(medians.median()), "depth_error_mean": float(medians.mean())}
+
+
+@torch.no_grad()
+def reconstruct_views(model: ViewAutoencoder, views: ViewSet, batch: int = 32) -> ViewSet:
+    """Views through the autoencoder and back, without needing latent statistics."""
+    parts = []
+    for i in range(0, len(views), batch):
+        channels = views_to_channels(views[i:i + batch]).to(model.device, model.dtype)
+        parts.append(channels_to_views(model.decode(model.encode(channels)).float()).to("cpu"))
+    return ViewSet.cat(parts)
+
+
+@torch.no_grad()
+def latent_statistics(model: ViewAutoencoder, batches: ViewBatches, count: int = 20) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each raw latent channel over `count` batches."""
+    raw = torch.cat([model.encode(batches(10_000_000 + i).to(model.dtype)).float() for i in range(count)])
+    return raw.mean((0, 2, 3)).tolist(), raw.std((0, 2, 3)).tolist()
+
+
+def run(options: argparse.Namespace, loop: Options) -> None:
+    """The whole training from parsed options."""
+    preset = PRESETS[options.preset]
+    torch.manual_seed(options.seed)
+    model = ViewAutoencoder(**preset["model"])
+    if options.start:  # parts that the folder's autoencoder lacks keep their fresh weights
+        model.load_state_dict(load_file(options.start / "diffusion_pytorch_model.safetensors"), strict=False)
+    model = model.to(options.device, getattr(torch, options.dtype), memory_format=torch.channels_last)
+    if options.freeze_encoder:
+        model.encoder.requires_grad_(False)
+    optimizer = MasterOptimizer(model, lr=options.lr or preset["lr"], use_muon=not options.adamw)
+    batches = ViewBatches(list_rings(options.renders, options.limit), options.batch_size or preset["batch_size"], options.seed,
+                          options.device, options.data_on_device)
+    held_out = held_out_views(list_rings(options.held_out))
+    print(f"autoencoder: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {options.dtype} on "
+          f"{options.device}, {len(batches.rings)} training rings, {len(held_out)} held-out views", flush=True)
+
+    def loss_of_step(step: int) -> tuple[Tensor, dict]:
+        target = batches(step)
+        latents = model.encode(target.to(model.dtype))
+        penalty = KL_WEIGHT * latents.float().square().mean()
+        generator = torch.Generator(latents.device).manual_seed(options.seed * 1_000_003 + step)
+        noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
+        noisy = latents + (noise * NOISE_ON_LATENTS * latents.detach().float().std()).to(latents.dtype)
+        loss = reconstruction_loss(model.decode(noisy).float(), target)
+        small = model.decode_preview(latents.detach()).float()
+        loss = loss + (small - F.avg_pool2d(target, target.shape[-1] // small.shape[-1])).abs().mean()
+        return loss + penalty, {"latent_rms": latents.detach().float().square().mean().sqrt()}
+
+    def evaluate(step: int, log: Log) -> None:
+        decoded = reconstruct_views(model, held_out)
+        log(step=step, held_out=True, **autoencoder_figures(decoded, held_out))
+        pick = np.linspace(0, len(held_out) - 1, 12).astype(int)
+        rows = [f(v)[pick] for v in (held_out, decoded) for f in (views_to_uint8, depths_to_uint8)]
+        picture_grid(np.concatenate(rows), 12).save(loop.run / f"views-{step:06d}.png")
+
+    def save_weights(folder: Path) -> None:
+        if not options.freeze_encoder or model.config.latent_std is None:
+            mean, std = latent_statistics(model, batches)
+            model.register_to_config(latent_mean=mean, latent_std=std)
+        optimizer.averaged_copy(model).save_pretrained(folder / "vae")
+
+    train_loop(optimizer, loss_of_step, save_weights, evaluate, loop)
