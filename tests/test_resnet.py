@@ -52,7 +52,8 @@ def test_convolution_by_columns_equals_torch_in_values_and_gradients(height, wid
 @pytest.mark.parametrize("size", [4, 8])
 def test_convolution_in_bfloat16_stays_near_float32(size):
     torch.manual_seed(0)
-    convolution, pictures = torch.nn.Conv2d(32, 16, 3, padding=1), torch.randn(2, 32, size, size)
+    convolution = torch.nn.Conv2d(32, 16, 3, padding=1).to(memory_format=torch.channels_last)
+    pictures = torch.randn(2, 32, size, size)
     expected = convolution(pictures)
     with torch.autocast("cpu", torch.bfloat16):
         got = convolve(convolution, pictures.bfloat16())

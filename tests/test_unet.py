@@ -139,6 +139,7 @@ def test_save_and_load_keep_every_weight_and_setting(tmp_path):
     kept = loaded.state_dict()
     assert kept.keys() == model.state_dict().keys()
     assert all(torch.equal(kept[name], value) for name, value in model.state_dict().items())
+    assert loaded.unet2d.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert loaded.config.scan_order == "zigzag" and loaded.config.trajectory_window == 5
     with torch.no_grad():
         arguments = (latents, timesteps, text, Cameras.orbit(3), torch.ones(2, 6))

@@ -20,7 +20,8 @@ def pointwise(projection: nn.Linear | nn.Conv2d, tokens: Tensor) -> Tensor:
 def convolve(convolution: nn.Conv2d, pictures: Tensor) -> Tensor:
     """A 3x3 convolution of stride 1, [n,C,H,W] => [n,D,H,W]; one matrix product where quicker (tiny, bfloat16, CPU)."""
     tiny = pictures.shape[2] * pictures.shape[3] <= COLUMN_PIXELS
-    if pictures.device.type == "cpu" and pictures.dtype == torch.bfloat16 and tiny:
+    free = convolution.weight.is_contiguous(memory_format=torch.channels_last)  # as a matrix, without a copy
+    if tiny and free and pictures.device.type == "cpu" and pictures.dtype == torch.bfloat16:
         return convolve_by_columns(pictures, convolution.weight, convolution.bias)
     return convolution(pictures)
 

@@ -92,6 +92,15 @@ class MultiviewUNet(ModelMixin, ConfigMixin):
         self.unet2d.class_embedding = ConditionEmbedding(features, self.unet2d.time_embedding.linear_2.out_features)
         _replace_parts(self.unet2d, options)
         self._geometries: TrajectoryGeometries | None = None
+        self.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs) -> "MultiviewUNet":
+        """As in diffusers; then lays convolutions out channels-last, as pictures are here: files do not keep that."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple where loading info was asked for
+        model.to(memory_format=torch.channels_last)
+        return loaded
 
     @classmethod
     def from_unet2d(cls, unet2d: UNet2DConditionModel, **options) -> "MultiviewUNet":
@@ -104,7 +113,8 @@ class MultiviewUNet(ModelMixin, ConfigMixin):
         missing, unexpected = model.unet2d.load_state_dict(unet2d.state_dict(), strict=False)
         if unexpected:
             raise ValueError(f"the 2D UNet has weights that its config does not announce: {unexpected[:3]}")
-        return model.to(device=unet2d.device, dtype=unet2d.dtype)
+        model = model.to(unet2d.device)
+        return model if unet2d.dtype == model.dtype else model.to(unet2d.dtype)
 
     def forward(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, cameras: Cameras,
                 pooled: Tensor | None = None, attention_mask: Tensor | None = None,
