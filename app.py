@@ -20,7 +20,8 @@ import gradio as gr
 
 from coser.pipeline import ELEVATIONS, NUM_VIEWS
 from coser.request import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, SEED, GenerationRequest
-from coser.studio import SMALL, Studio, file_name, log_to_terminal, remove_old_sessions, session_folder
+from coser.studio import (KEPT_SECONDS, SMALL, Studio, file_name, log_to_terminal, remove_old_runs, run_folder,
+                          session_folder)
 
 PROMPTS = Path(__file__).parent / "examples" / "prompts.txt"
 DEFAULTS = GenerationRequest(prompt="a red barrel")
@@ -79,7 +80,7 @@ class Desk:
         if request.session_hash in self.line:
             raise gr.Error("One at a time: press Stop first.", print_exception=False)
         (self.folder(request) / STOP).unlink(missing_ok=True)
-        remove_old_sessions(self.root)
+        remove_old_runs(self.root)
         ahead = len(self.line)
         self.line.add(request.session_hash)
         message = f"Waiting for {ahead} other visitor{'s' if ahead > 1 else ''}" if ahead else "Starting"
@@ -96,7 +97,7 @@ class Desk:
         asked = checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed)
         asked = asked.with_drawn_seed()
         folder = self.folder(request)
-        run = Path(tempfile.mkdtemp(prefix="run-", dir=folder))
+        run = run_folder(folder)
         shown = views = None
         try:
             glb = run / file_name(asked.prompt, asked.seed)
@@ -180,7 +181,7 @@ def setting_inputs() -> list[gr.components.Component]:
 def build_app(studio: Studio, root: Path) -> gr.Blocks:
     """The page around a loaded studio, visitors' files under `root`; nothing starts until `launch`."""
     desk = Desk(studio, root)
-    with gr.Blocks(title="CoSER · a sentence becomes a 3D asset", delete_cache=(3600, 86_400)) as demo:
+    with gr.Blocks(title="CoSER · a sentence becomes a 3D asset", delete_cache=(600, KEPT_SECONDS)) as demo:
         gr.HTML("<h1>CoSER</h1><p>Type a sentence, watch its views appear, turn the object, take it home.</p>",
                 elem_id="title")
         with gr.Row(elem_id="ask"):

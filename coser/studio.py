@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ log = logging.getLogger("coser")
 
 SMALL = Path(__file__).parent / "checkpoints" / "small"
 HUB_ID = r"[\w.-]+/[\w.-]+"
+KEPT_SECONDS = 4 * 3600  # how long a visitor's files lie ready: a page may stay open for days
 TILE = 256  # pixels a side of one view in the grid, so that previews and the result cover the same place on the screen
 
 
@@ -248,8 +250,13 @@ def session_folder(root: Path, session: str) -> Path:
     return folder
 
 
-def remove_old_sessions(root: Path, seconds: float = 86_400) -> None:
-    """Delete the session folders under `root` that nothing has been added to for `seconds`."""
-    for folder in root.iterdir():
+def run_folder(session: Path) -> Path:
+    """A new folder for one run of a session."""
+    return Path(tempfile.mkdtemp(prefix="run-", dir=session))
+
+
+def remove_old_runs(root: Path, seconds: float = KEPT_SECONDS) -> None:
+    """Delete the runs, of all sessions under `root`, that are older than `seconds`."""
+    for folder in root.glob("*/run-*"):
         if time.time() - folder.stat().st_mtime > seconds:
             shutil.rmtree(folder, ignore_errors=True)

@@ -16,7 +16,7 @@ from drawn_pipeline import NOTHING, DrawnPipeline, box_views, mean_color
 from coser.cameras import Cameras
 from coser.pipeline import CoSERPipeline
 from coser.request import GenerationRequest
-from coser.studio import TILE, Studio, file_name, grid, remove_old_sessions, session_folder
+from coser.studio import TILE, Studio, file_name, grid, remove_old_runs, run_folder, session_folder
 from coser.views import ViewSet
 
 REQUEST = GenerationRequest("a red box", num_views=6, num_inference_steps=3)
@@ -164,10 +164,10 @@ def test_session_names_cannot_leave_their_root(tmp_path):
         assert session_folder(tmp_path, name).parent == tmp_path
 
 
-def test_only_old_sessions_are_removed(tmp_path):
-    old, new = session_folder(tmp_path, "old"), session_folder(tmp_path, "new")
+def test_only_old_runs_are_removed(tmp_path):
+    old, new = (run_folder(session_folder(tmp_path, "visitor")) for _ in range(2))
     os.utime(old, (0, 0))
-    remove_old_sessions(tmp_path)
+    remove_old_runs(tmp_path)
     assert new.is_dir() and not old.exists()
 
 
