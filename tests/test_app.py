@@ -4,6 +4,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 import trimesh
 from drawn_pipeline import NOTHING, DrawnPipeline, mean_color
@@ -28,8 +29,14 @@ def address(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def client(address):
-    return Client(address, verbose=False)
+def visitor(address, tmp_path_factory):
+    """Makes clients, a session each, whose downloads lie with the tests' other files."""
+    return lambda: Client(address, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
+
+
+@pytest.fixture(scope="module")
+def client(visitor):
+    return visitor()
 
 
 def test_the_api_streams_grids_and_ends_with_a_glb(client):
@@ -71,9 +78,9 @@ def test_views_that_hold_nothing_end_in_a_message_and_the_app_lives_on(client, c
     assert client.predict("a red box", **QUICK)[1]["stage"] == "done"
 
 
-def test_visitors_at_the_same_time_get_their_own_objects(address):
+def test_visitors_at_the_same_time_get_their_own_objects(visitor):
     def visit(color):
-        return client_of(address).predict(f"a {color} box", **QUICK)
+        return visitor().predict(f"a {color} box", **QUICK)
 
     with ThreadPoolExecutor() as pool:
         glbs = {color: pool.submit(visit, color) for color in ("red", "blue")}
@@ -81,21 +88,15 @@ def test_visitors_at_the_same_time_get_their_own_objects(address):
         assert mean_color(glbs[color].result()[3]).argmax() == channel
 
 
-def test_the_lane_is_free_again_after_a_cancelled_call(address):
-    job = client_of(address).submit("a red box", **QUICK | {"num_inference_steps": 50})
+def test_the_lane_is_free_again_after_a_cancelled_call(visitor):
+    job = visitor().submit("a red box", **QUICK | {"num_inference_steps": 50})
     next(iter(job))
     job.cancel()
-    _, status, _, _ = next(iter(client_of(address).submit("a red box", **QUICK)))
+    _, status, _, _ = next(iter(visitor().submit("a red box", **QUICK)))
     assert status["stage"] == "waiting"
 
 
-def test_the_page_asks_nothing_of_other_servers(client, address):
-    import httpx
-
+def test_the_page_asks_nothing_of_other_servers(address):
     page = httpx.get(address).text
     assert "fonts.googleapis.com/css" not in page
     assert not re.search(r'"analytics_enabled":\s*true', page)
-
-
-def client_of(address):
-    return Client(address, verbose=False)
