@@ -1,0 +1,106 @@
+"""Measures the product on held-out data: python -m coser.evaluate reconstruction --assets FOLDER."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+
+import torch
+
+from coser.cameras import ELEVATION, Cameras
+from coser.data.assets import Asset, list_assets, load_mesh
+from coser.metrics import cross_render_psnr, psnr, render_mesh, silhouette_iou, ssim
+from coser.rasterizer import render
+from coser.reconstruction import reconstruct
+
+NOVEL_ELEVATIONS = (0.0, 20.0, 45.0)
+
+
+@dataclass(frozen=True)
+class ReconstructionScore:
+    """One asset, rendered, reconstructed and looked at from where no view was.
+
+    psnr (dB, on white) and ssim: at the views' elevation, halfway between them. iou_*: of the silhouettes at that
+    elevation, halfway between the azimuths of the views. cross: odd/even cross-render PSNR of the input views.
+    """
+
+    id: str
+    object: str
+    seconds: float
+    faces: int
+    watertight: bool
+    psnr: float
+    ssim: float
+    iou_0: float
+    iou_20: float
+    iou_45: float
+    cross: float
+
+
+def evaluate_reconstruction(assets: Iterable[Asset], num_views: int = 12, elevation: float = ELEVATION, size: int = 256,
+                            novel_views: int = 4, **options) -> Iterator[ReconstructionScore]:
+    """Renders each asset's ring, reconstructs it (`options` go there) and yields how its novel views compare."""
+    ring = Cameras.orbit(num_views, elevation)
+    between = (torch.arange(novel_views).double() * num_views / novel_views).floor() * 360 / num_views + 180 / num_views
+    novel = Cameras.look_at_origin(between, elevation)
+    for asset in assets:
+        vertices, faces, colors = load_mesh(asset)
+        views = render(vertices, faces, colors, ring, size)
+        began = time.perf_counter()
+        mesh = reconstruct(views, ring, **options)
+        seconds = time.perf_counter() - began
+        truth, seen = render(vertices, faces, colors, novel, size), render_mesh(mesh, novel, size)
+        pictures = seen.on_background(), truth.on_background()
+        overlap = []
+        for height in NOVEL_ELEVATIONS:
+            around = Cameras.look_at_origin(between, height)
+            overlap.append(silhouette_iou(render_mesh(mesh, around, size).masks,
+                                          render(vertices, faces, colors, around, size, shade=False).masks).mean())
+        yield ReconstructionScore(asset.id, asset.object, seconds, len(mesh.faces), mesh.is_watertight,
+                                  float(psnr(*pictures).mean()), float(ssim(*pictures).mean()), *map(float, overlap),
+                                  float(cross_render_psnr(views, ring, **options).median()))
+
+
+def _reconstruction(arguments: argparse.Namespace) -> None:
+    assets = list_assets(arguments.assets, arguments.split, limit=arguments.limit)
+    names = [f.name for f in fields(ReconstructionScore)][2:]
+    print(f"{'object':24}", *(f"{n:>10}" for n in names))
+    scores = []
+    for score in evaluate_reconstruction(assets, arguments.num_views, arguments.elevation, arguments.size,
+                                         resolution=arguments.resolution, max_faces=arguments.max_faces):
+        scores.append(asdict(score))
+        print(f"{(score.object or score.id)[:24]:24}", *(f"{float(scores[-1][n]):10.3f}" for n in names), flush=True)
+    for label, of in (("median", statistics.median), ("worst tenth", lambda v: statistics.quantiles(v, n=10)[0])):
+        if len(scores) > 1:
+            print(f"{label:24}", *(f"{of([float(s[n]) for s in scores]):10.3f}" for n in names))
+    print(f"{len(scores)} assets, watertight: {sum(s['watertight'] for s in scores)}")
+    if arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump(scores, file, indent=1)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line: one verb a thing to measure."""
+    top = argparse.ArgumentParser(prog="python -m coser.evaluate", description=__doc__)
+    verbs = top.add_subparsers(required=True)
+    verb = verbs.add_parser("reconstruction", help="rendered views of held-out assets => mesh => novel views")
+    verb.add_argument("--assets", required=True, help="folder of assets (packed, or GLB/glTF/OBJ files)")
+    verb.add_argument("--split", default=None, help="only this split of a packed folder, such as val")
+    verb.add_argument("--limit", type=int, default=None, help="that many of the assets, spread evenly")
+    verb.add_argument("--num-views", type=int, default=12)
+    verb.add_argument("--elevation", type=float, default=ELEVATION)
+    verb.add_argument("--size", type=int, default=256, help="pixels a side of the views")
+    verb.add_argument("--resolution", type=int, default=128)
+    verb.add_argument("--max-faces", type=int, default=20_000)
+    verb.add_argument("--json", default=None, help="file for the scores of every asset")
+    verb.set_defaults(run=_reconstruction)
+    return top
+
+
+if __name__ == "__main__":
+    options = parser().parse_args()
+    options.run(options)

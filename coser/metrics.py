@@ -1,0 +1,70 @@
+"""How alike two sets of views are, and how well one set agrees with itself in three dimensions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coser.cameras import Cameras
+from coser.rasterizer import render
+from coser.reconstruction import Mesh, reconstruct
+from coser.views import ViewSet
+
+
+def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
+    """Two sets of pictures [N,C,H,W] in [0,1] => decibels [N], 100 at most."""
+    _same_shape(pictures, reference)
+    return -10 * (pictures - reference).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
+
+
+def silhouette_iou(masks: Tensor, reference: Tensor) -> Tensor:
+    """Two sets of masks [N,1,H,W] => intersection over union of their pixels covered by at least half, [N]; 1 if both are empty."""
+    _same_shape(masks, reference)
+    a, b = masks >= 0.5, reference >= 0.5
+    union = (a | b).sum((1, 2, 3))
+    return torch.where(union > 0, (a & b).sum((1, 2, 3)) / union.clamp_min(1), 1.0)
+
+
+def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
+    """Two sets of pictures [N,C,H,W] in [0,1] => structural similarity [N] (Wang et al. 2004: 11 pixels, sigma 1.5)."""
+    _same_shape(pictures, reference)
+    ticks = torch.arange(-5.0, 6.0, device=pictures.device, dtype=pictures.dtype)
+    window = F.softmax(-ticks.square() / (2 * 1.5**2), 0)
+    channels = pictures.shape[1]
+
+    def local_mean(values: Tensor) -> Tensor:
+        values = F.conv2d(values, window.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+        return F.conv2d(values, window.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+
+    a, b = local_mean(pictures), local_mean(reference)
+    variance_a, variance_b = local_mean(pictures.square()) - a.square(), local_mean(reference.square()) - b.square()
+    covariance = local_mean(pictures * reference) - a * b
+    c1, c2 = 0.01**2, 0.03**2
+    score = ((2 * a * b + c1) * (2 * covariance + c2)) / ((a.square() + b.square() + c1) * (variance_a + variance_b + c2))
+    return score.mean((1, 2, 3))
+
+
+def render_mesh(mesh: Mesh, cameras: Cameras, size: int) -> ViewSet:
+    """A reconstructed mesh seen by N cameras at size x size, in its own colours (they carry the views' shading)."""
+    vertices, faces = torch.from_numpy(mesh.vertices), torch.from_numpy(mesh.faces)
+    return render(vertices, faces, torch.from_numpy(mesh.vertex_colors)[faces], cameras.to("cpu"), size, shade=False)
+
+
+def cross_render_psnr(views: ViewSet, cameras: Cameras, **options) -> Tensor:
+    """Agreement of a ring of views: the mesh of the even ones, rendered at the odd cameras, against the odd views.
+
+    Returns decibels on white of views 1, 3, 5, ...: [N // 2]; the lowest one contradicts the others most. `options` go
+    to `reconstruct`. Raises ValueError for fewer than 4 views.
+    """
+    if len(views) < 4:
+        raise ValueError(f"views must be at least 4 to set odd against even ones, got {len(views)}")
+    even, odd = slice(0, None, 2), slice(1, None, 2)
+    mesh = reconstruct(views[even], cameras[even], **options)
+    seen = render_mesh(mesh, cameras[odd], views.views.shape[-1])
+    return psnr(seen.on_background(), views[odd].on_background().float().cpu())
+
+
+def _same_shape(a: Tensor, b: Tensor) -> None:
+    if a.shape != b.shape:
+        raise ValueError(f"both sets must have one shape, got {list(a.shape)} and {list(b.shape)}")
