@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from coser.data.dataset import ViewBatches, held_out_views, list_rings
+from coser.data.dataset import Prefetched, ViewBatches, held_out_views, list_rings
 from coser.models.autoencoder import ViewAutoencoder
 from coser.optimizer import MasterOptimizer
 from coser.train import Log, Options, train_loop
@@ -92,12 +92,13 @@ def run(options: argparse.Namespace, loop: Options) -> None:
     optimizer = MasterOptimizer(model, lr=options.lr or preset["lr"], use_muon=not options.adamw)
     batches = ViewBatches(list_rings(options.renders, options.limit), options.batch_size or preset["batch_size"], options.seed,
                           options.device, options.data_on_device)
+    upcoming = Prefetched(batches)
     held_out = held_out_views(list_rings(options.held_out))
     print(f"autoencoder: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {options.dtype} on "
           f"{options.device}, {len(batches.rings)} training rings, {len(held_out)} held-out views", flush=True)
 
     def loss_of_step(step: int) -> tuple[Tensor, dict]:
-        target = batches(step)
+        target = upcoming(step)
         latents = model.encode(target.to(model.dtype))
         penalty = KL_WEIGHT * latents.float().square().mean()
         generator = torch.Generator(latents.device).manual_seed(options.seed * 1_000_003 + step)

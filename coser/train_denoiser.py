@@ -39,8 +39,8 @@ def unet_config(channels: tuple[int, ...], layers: int, heads: tuple[int, ...], 
 
 
 PRESETS = {
-    "small": dict(model=dict(unet=unet_config((128, 256, 320), 1, (2, 4, 5)), pooled_dim=384),
-                  views_per_batch=48, view_counts=(4, 6, 8, 12), lr=6e-4),
+    "small": dict(model=dict(unet=unet_config((128, 192, 192), 1, (4, 6, 6)), pooled_dim=384, mixer_ratio=0.34, scan_ratio=0.67),
+                  views_per_batch=36, view_counts=(4, 6, 8, 12), lr=6e-4),
     "tiny": dict(model=dict(unet=unet_config((16, 16), 1, (1, 1), 4), pooled_dim=384, mixer_head_size=16, scan_head_size=16,
                             scan_state_size=8), views_per_batch=4, view_counts=(2, 4), lr=1e-3),
 }
@@ -169,7 +169,7 @@ def run(options: argparse.Namespace, loop: Options) -> None:
     batches = LatentRings(rings, latents, elevations, options.seed, tuple(options.view_counts or preset["view_counts"]),
                           options.views_per_batch or preset["views_per_batch"], DROP_TEXT)
     held_latents, held_elevations = encode_rings(vae, options.autoencoder, held_out, cache)
-    texts = encode_captions(pipeline, [c for r in rings + held_out for c in r.captions])
+    texts = encode_captions(pipeline, [c for r in rings + held_out for c in r.captions + r.short_captions])
     optimizer = MasterOptimizer(unet, lr=options.lr or preset["lr"], ema_decay=options.ema, use_muon=not options.adamw)
     print(f"denoiser: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters, {options.dtype} on {options.device}, "
           f"{len(rings)} rings of {batches.ring_length} views, {len(texts.states)} captions", flush=True)

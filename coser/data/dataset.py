@@ -6,8 +6,11 @@ Batches are functions of (seed, step) alone: a resumed run draws what the uninte
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -35,6 +38,14 @@ class Ring:
     object: str
     captions: tuple[str, ...]
     colors: tuple[str, ...]
+
+    @property
+    def short_captions(self) -> tuple[str, ...]:
+        """What people type: the first caption, and "a <colour> <object>" where both are known."""
+        if not self.colors or not self.object:
+            return self.captions[:1]
+        article = "an" if self.colors[0][0] in "aeiou" else "a"
+        return self.captions[0], f"{article} {self.colors[0]} {self.object}"
 
 
 def list_rings(renders: str | Path, limit: int | None = None) -> list[Ring]:
@@ -86,6 +97,19 @@ class ViewBatches:
         channels = torch.cat([rgb, channels[:, 3:]], 1)
         mirror = (torch.rand(self.batch_size, generator=generator) < 0.5).to(self.device)[:, None, None, None]
         return torch.where(mirror, channels.flip(3), channels)
+
+
+class Prefetched:
+    """Makes the batch of the next step in a thread while the current one is trained on."""
+
+    def __init__(self, batches: Callable[[int], Any]):
+        self.batches, self.pool = batches, ThreadPoolExecutor(1)
+        self.ahead: dict[int, Future] = {}
+
+    def __call__(self, step: int) -> Any:
+        now = self.ahead.pop(step, None) or self.pool.submit(self.batches, step)
+        self.ahead = {step + 1: self.pool.submit(self.batches, step + 1)}
+        return now.result()
 
 
 def held_out_views(rings: list[Ring], per_ring: int = 2) -> ViewSet:
@@ -140,7 +164,8 @@ class LatentRings:
         latents = torch.stack([self.latents[i][start::stride] for i in picks]).float()
         captions = []
         for i in picks:
-            choices = self.rings[i].captions
+            ring = self.rings[i]
+            choices = ring.short_captions if draw(2) else ring.captions
             caption = choices[draw(len(choices))]
             captions.append("" if float(torch.rand((), generator=generator)) < self.drop_text else caption)
         cameras = Cameras.orbit(num_views, elevation, start=start * 360 / self.ring_length)

@@ -25,14 +25,13 @@ from coser.data.assets import Asset, list_assets, load_mesh
 from coser.rasterizer import render
 from coser.views import ViewSet
 
-MAX_ELEVATION = 30.0
+ELEVATIONS = (0.0, 5.0, 10.0, 15.0, 25.0, 30.0)  # few, so that a training batch finds rings that share one
 
 
 def render_ring(asset: Asset, ring: int, num_views: int = 24, size: int = 256, device: str = "cpu") -> tuple[ViewSet, Cameras]:
-    """Ring 0 sees the asset at the default elevation, every further one at a random elevation in [0,30]; both from azimuth 0."""
-    seed = zlib.crc32(f"{asset.id}-{ring}".encode())
-    generator = torch.Generator().manual_seed(seed)
-    elevation = ELEVATION if ring == 0 else float(torch.rand((), generator=generator)) * MAX_ELEVATION
+    """Ring 0 sees the asset at the default elevation, every further one at one of ELEVATIONS at random; all from azimuth 0."""
+    draw = zlib.crc32(f"{asset.id}-{ring}".encode())
+    elevation = ELEVATION if ring == 0 else ELEVATIONS[draw % len(ELEVATIONS)]
     cameras = Cameras.orbit(num_views, elevation)
     vertices, faces, colors = (t.to(device) for t in load_mesh(asset))
     return render(vertices, faces, colors, cameras, size), cameras

@@ -55,9 +55,10 @@ class SentenceTextEncoder(ModelMixin, ConfigMixin):
         self.save_config(save_directory)
 
     @classmethod
-    def from_pretrained(cls, path, torch_dtype: torch.dtype | None = None, subfolder: str | None = None, **kwargs):
+    def from_pretrained(cls, path, torch_dtype: torch.dtype | None = None,
+                        dtype: torch.dtype | None = None, subfolder: str | None = None, **kwargs):
         config = cls.load_config(path, subfolder=subfolder)
-        return cls.from_config(config).to(torch_dtype or torch.float32)
+        return torch.nn.Module.to(cls.from_config(config), dtype=torch_dtype or dtype or torch.float32)
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
