@@ -1,6 +1,7 @@
 """Truths about the app's API and its wiring, over HTTP; only the pipeline is not the real thing."""
 
 import re
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,17 +22,19 @@ QUICK = {"num_views": 6, "num_inference_steps": 3, "randomize_seed": False, "api
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
+    temporary = tmp_path_factory.mktemp("temporary")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CoSERPipeline, "from_pretrained", lambda *args, **kwargs: DrawnPipeline())
-        demo = app.build_app(Studio("tests/drawn", device="cpu"), tmp_path_factory.mktemp("sessions"))
-    yield app.launch(demo, prevent_thread_lock=True, quiet=True)
-    demo.close()
+        patch.setattr(tempfile, "tempdir", str(temporary))  # gradio's client leaves folders behind
+        demo = app.build_app(Studio("tests/drawn", device="cpu"), temporary / "sessions")
+        yield app.launch(demo, prevent_thread_lock=True, quiet=True)
+        demo.close()
 
 
 @pytest.fixture(scope="module")
-def visitor(address, tmp_path_factory):
-    """Makes clients, a session each, whose downloads lie with the tests' other files."""
-    return lambda: Client(address, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
+def visitor(address):
+    """Makes clients, a session each."""
+    return lambda: Client(address, verbose=False)
 
 
 @pytest.fixture(scope="module")
