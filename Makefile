@@ -7,7 +7,6 @@ PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -q
 # on CUDA, and so is its plain PyTorch reference, for the tests.
 INSTALL_MAMBA := MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
 	$(PIP) --no-deps --no-build-isolation mamba-ssm==2.3.2.post1
-CPU_WHEELS := https://download.pytorch.org/whl/cpu
 APT := apt-get -qq -o=Dpkg::Use-Pty=0
 export PYTHONUNBUFFERED := 1
 
@@ -29,13 +28,8 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call apt_install,python3-venv); }
 	$(PYTHON) -m venv $(VENV)
 
-# Without an NVIDIA card PyTorch's processor-only wheels save 3 GB, where their index can be reached.
 $(VENV)/ready-app: requirements.txt packages.txt | $(VENV)/bin/python
 	@$(call missing_packages,packages.txt)
-	@grep '^torch==' requirements.txt > $(VENV)/torch.txt; \
-	if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null && $(VENV)/bin/python -c \
-	"import urllib.request as u; u.urlopen('$(CPU_WHEELS)/torch/', timeout=5)" 2> /dev/null; \
-	then echo "$(PIP) torch (processor only)"; $(PIP) --extra-index-url $(CPU_WHEELS) -r $(VENV)/torch.txt; fi
 	$(PIP) -r requirements.txt
 	@if command -v nvidia-smi > /dev/null; then $(INSTALL_MAMBA); fi
 	@touch $@
