@@ -31,7 +31,7 @@ class MasterOptimizer:
         self.ema = [m.clone() for m in self.masters]
         muon = [m for m, matrix in zip(self.masters, is_matrix) if matrix and use_muon]
         rest = [m for m, matrix in zip(self.masters, is_matrix) if not (matrix and use_muon)]
-        self.optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)] if rest else []
+        self.optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)] if rest else []
         if muon:
             self.optimizers.append(torch.optim.Muon(muon, lr=lr, weight_decay=weight_decay, momentum=0.95,
                                                     adjust_lr_fn="match_rms_adamw"))
