@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.ndimage import distance_transform_edt, minimum_filter
+from scipy.ndimage import distance_transform_edt, minimum_filter, uniform_filter
 
 
 def cut_floor(distances: np.ndarray, told: np.ndarray, heights: np.ndarray, lowest: float, truncation: float) -> np.ndarray:
@@ -31,6 +31,7 @@ def _wall_ends(distances: np.ndarray, told: np.ndarray, heights: np.ndarray) -> 
     x, z = np.indices(first.shape)
     inside, outside = distances[x, first, z], distances[x, below, z]
     where = seen.any(1) & (first > 0) & told[x, below, z] & (outside > 0)
+    where &= uniform_filter(where.astype(np.float32), 5, mode="constant") * 25 > 4.5  # a wall is a line of columns, not a dot
     share = np.where(where, inside / np.where(where, inside - outside, 1), 0)
     ends = heights[first] - share * (heights[first] - heights[below])
     lowest_around = minimum_filter(np.where(where, ends, np.inf), size=3)  # a ragged edge counts with its lowest part

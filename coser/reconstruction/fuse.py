@@ -103,7 +103,7 @@ def silhouette_distances(masks: Tensor, reach: int = REACH) -> Tensor:
     smallest (its way to another pixel) + (that pixel's way to the edge).
     """
     n, h, w = masks.shape
-    padded = F.pad(masks, (reach,) * 4)
+    padded = F.pad(masks[:, None], (reach,) * 4, mode="replicate")[:, 0]  # beyond the picture nobody knows better
     outside = torch.where(padded > 0, 0.5 - padded, 2.0 * reach)
     inside = torch.where(padded < 1, padded - 0.5, 2.0 * reach)
     to_object, to_air = torch.full_like(masks, reach), torch.full_like(masks, reach)
@@ -136,7 +136,9 @@ def signed_distances(points: Tensor, maps: ViewMaps, cameras: Cameras, truncatio
     total = weight.sum(0)
     mean = (weight * behind.clamp(max=truncation)).sum(0) / total.clamp_min(1e-9)
     mean = torch.where(total > 1e-6, mean, -truncation)
-    carved = beside.topk(min(2, n), 0).values[-1]  # two views must agree: one silhouette may be wrong
+    most, second = beside.topk(min(2, n), 0).values[[0, -1]]
+    # one silhouette may be wrong: where depth maps know a surface, two must agree to carve it away
+    carved = torch.where(total > 1e-6, second, most)
     return torch.maximum(mean, carved).clamp(-truncation, truncation), (total > 1e-6) | (carved > 0)
 
 

@@ -1,0 +1,127 @@
+"""Mesh: closedness, parts, simplification, normals, and GLB files that say what they should."""
+
+import json
+
+import numpy as np
+import pygltflib
+import pytest
+import trimesh
+from solids import cube, joined, sphere
+
+from coser.reconstruction.mesh import Mesh, keep_parts, part_pinches, save_glb, simplify, srgb_to_linear, with_normals
+
+
+def mesh_of(solid) -> Mesh:
+    """A solid with the corners at one place made one."""
+    vertices, faces, _ = solid
+    places, index = np.unique(vertices.numpy().round(5), axis=0, return_inverse=True)
+    return Mesh(places.astype(np.float32), index.ravel()[faces.numpy()])
+
+
+BALL = mesh_of(sphere(0.6, 24))
+BOX = mesh_of(cube(0.5))
+
+
+def test_watertight_says_what_trimesh_says():
+    open_box, turned = Mesh(BOX.vertices, BOX.faces[1:]), BOX.faces.copy()
+    turned[0] = turned[0][::-1]
+    for mesh in (BALL, BOX, open_box):
+        assert mesh.is_watertight == trimesh.Trimesh(mesh.vertices, mesh.faces, process=False).is_watertight
+    assert BALL.is_watertight and not Mesh(BOX.vertices, turned).is_watertight
+    assert not Mesh(BOX.vertices, BOX.faces[:0]).is_watertight
+
+
+def test_volume_of_a_cube():
+    assert BOX.volume == pytest.approx(1.0, abs=1e-5)
+    assert Mesh(BOX.vertices, BOX.faces[:, ::-1]).volume == pytest.approx(-1.0, abs=1e-5)
+
+
+def test_every_edge_of_a_closed_mesh_is_listed_once():
+    edges = BALL.edges()
+    assert len(edges) == len(BALL.faces) * 3 // 2 and (edges[:, 0] < edges[:, 1]).all()
+
+
+def test_normals_of_a_sphere_point_outward():
+    mesh = with_normals(BALL)
+    assert np.allclose(mesh.normals, BALL.vertices / 0.6, atol=0.01)
+    assert np.allclose(np.linalg.norm(mesh.normals, axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("budget", [120, 500, 10**6])
+def test_simplified_meshes_are_closed_and_within_budget(budget):
+    simple = simplify(BALL, budget)
+    assert simple.is_watertight and len(simple.faces) <= budget
+    assert simple.volume == pytest.approx(BALL.volume, rel=0.05)
+
+
+def test_specks_and_bubbles_go_and_parts_stay():
+    speck, bubble = sphere(0.02, 6, (0.9, 0, 0)), sphere(0.2, 8)
+    bubble = bubble[0], bubble[1].flip(1), bubble[2]
+    mesh = keep_parts(mesh_of(joined(sphere(0.6, 24), sphere(0.1, 12, (0, 0.9, 0)), speck, bubble)), smallest=0.1)
+    assert len(mesh.vertices) == len(BALL.vertices) + len(mesh_of(sphere(0.1, 12)).vertices)
+    assert mesh.is_watertight and not ((mesh.vertices[:, 0] > 0.7).any())
+
+
+def test_boxes_that_share_an_edge_are_parted():
+    pinched = mesh_of(joined(cube(0.25, (-0.25, 0, -0.25)), cube(0.25, (0.25, 0, 0.25))))
+    assert not pinched.is_watertight
+    parted = part_pinches(pinched)
+    assert parted.is_watertight and trimesh.Trimesh(parted.vertices, parted.faces).is_watertight
+    assert parted.volume == pytest.approx(0.25, rel=0.02)
+    assert len(trimesh.Trimesh(parted.vertices, parted.faces).split()) == 2
+
+
+def test_boxes_that_share_a_corner_are_parted():
+    parted = part_pinches(mesh_of(joined(cube(0.25, (-0.25, -0.25, -0.25)), cube(0.25, (0.25, 0.25, 0.25)))))
+    assert len(parted.vertices) == 16 and parted.is_watertight
+
+
+def test_faces_folded_flat_are_dropped():
+    flap = np.array([[0, 1, len(BOX.vertices)], [1, 0, len(BOX.vertices)]])
+    vertices = np.concatenate([BOX.vertices, [[2, 2, 2]]]).astype(np.float32)
+    mesh = part_pinches(Mesh(vertices, np.concatenate([BOX.faces, flap])))
+    assert mesh.is_watertight and len(mesh.faces) == len(BOX.faces) and len(mesh.vertices) == len(BOX.vertices)
+
+
+def test_parting_leaves_sound_meshes_alone():
+    parted = part_pinches(BALL)
+    assert parted.volume == pytest.approx(BALL.volume) and len(parted.vertices) == len(BALL.vertices)
+
+
+def test_glb_comes_back_as_it_was_written(tmp_path):
+    colors = (BALL.vertices / 1.2 + 0.5).clip(0, 1).astype(np.float32)
+    mesh = with_normals(Mesh(BALL.vertices, BALL.faces, colors))
+    path = save_glb(mesh, tmp_path / "ball.glb", {"prompt": "ein Ball «rot»", "seed": 7})
+    back = trimesh.load(path, force="mesh", process=False)
+    assert np.allclose(back.vertices, mesh.vertices) and np.array_equal(back.faces, mesh.faces) and back.is_watertight
+    assert np.allclose(back.vertex_normals, mesh.normals, atol=1e-5)
+    file = pygltflib.GLTF2().load(str(path))
+    assert file.asset.extras == {"prompt": "ein Ball «rot»", "seed": 7}
+    material = file.materials[file.meshes[0].primitives[0].material].pbrMetallicRoughness
+    assert material.metallicFactor == 0 and material.roughnessFactor == pytest.approx(0.9)
+    accessor = file.accessors[file.meshes[0].primitives[0].attributes.COLOR_0]
+    view = file.bufferViews[accessor.bufferView]
+    stored = np.frombuffer(file.binary_blob(), "<f4", accessor.count * 3, view.byteOffset).reshape(-1, 3)
+    assert np.allclose(stored, srgb_to_linear(colors))
+
+
+def test_glb_bounds_and_lengths_are_right(tmp_path):
+    raw = save_glb(BOX, tmp_path / "box.glb").read_bytes()
+    assert raw[:4] == b"glTF" and int.from_bytes(raw[8:12], "little") == len(raw)
+    description = json.loads(raw[20:20 + int.from_bytes(raw[12:16], "little")])
+    position = description["accessors"][description["meshes"][0]["primitives"][0]["attributes"]["POSITION"]]
+    assert np.allclose(position["min"], -0.5) and np.allclose(position["max"], 0.5)
+    assert "COLOR_0" not in description["meshes"][0]["primitives"][0]["attributes"]
+
+
+def test_linear_light_of_black_middle_grey_and_white():
+    assert np.allclose(srgb_to_linear(np.array([0.0, 0.5, 1.0])), [0, 0.21404, 1], atol=1e-5)
+
+
+def test_mismatched_arrays_are_refused():
+    with pytest.raises(ValueError, match="vertex_colors"):
+        Mesh(BOX.vertices, BOX.faces, BOX.vertices[:2])
+    with pytest.raises(ValueError, match="faces"):
+        Mesh(BOX.vertices, BOX.faces[:, :2])
+    with pytest.raises(ValueError, match="max_faces"):
+        simplify(BOX, 3)
