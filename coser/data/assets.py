@@ -4,7 +4,9 @@ Packed form: `index.jsonl`, a JSON object a line with at least `id` and `shard`,
 `captions`, `colors`, `quality`, `front_known`; each shard is a numpy archive with `<id>_v` [V,3], `<id>_f` [F,3] and
 `<id>_c` uint8 [F,3,3] (RGB of each face's corners).
 Loose form: any GLB, glTF or OBJ below the folder; its captions are the lines of a text file of the same name beside it
-(`barrel.glb`, `barrel.txt`), or else its file name. Loose meshes are centred and scaled into the unit sphere.
+(`barrel.glb`, `barrel.txt`), or else its file name; of an object that lies there in several formats, the first of the
+three is read. Loose meshes are centred and scaled into the unit sphere. Colours are sRGB as pictures are; glTF's vertex
+and material colours are linear and become so here.
 """
 
 from __future__ import annotations
@@ -50,7 +52,12 @@ def list_assets(folder: str | Path, split: str | None = None, min_quality: int =
     if index.is_file():
         assets = [_packed_asset(folder, json.loads(line)) for line in index.read_text().splitlines() if line.strip()]
     else:
-        assets = [_loose_asset(folder, path) for path in sorted(folder.rglob("*")) if path.suffix.lower() in LOOSE_SUFFIXES]
+        found: dict[str, Asset] = {}
+        for suffix in LOOSE_SUFFIXES:  # the same object in several formats counts once
+            for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() == suffix):
+                asset = _loose_asset(folder, path)
+                found.setdefault(asset.id, asset)
+        assets = [found[key] for key in sorted(found)]
     assets = [a for a in assets if (split is None or a.split == split) and a.quality >= min_quality]
     counts = Counter(last_word(a) for a in assets)
     assets = [a for a in assets if counts[last_word(a)] >= min_object_count and (words is None or last_word(a) in words)]
@@ -101,14 +108,16 @@ def load_mesh(asset: Asset) -> tuple[Tensor, Tensor, Tensor]:
 def _load_loose(path: Path) -> tuple[Tensor, Tensor, Tensor]:
     import trimesh  # only people with loose files pay for it
 
-    scene = trimesh.load(path, force="scene")
+    scene = trimesh.load(path, force="scene", process=False)  # else corners of several colours become one
     vertices, faces, colors, offset = [], [], [], 0
-    for mesh in scene.dump():
+    for node in scene.graph.nodes_geometry:  # not scene.dump(): its copies lose vertex colours that multiply a material
+        pose, name = scene.graph[node]
+        mesh = scene.geometry[name]
         if not isinstance(mesh, trimesh.Trimesh) or not len(mesh.faces):
             continue
-        vertices.append(mesh.vertices)
+        vertices.append(trimesh.transform_points(mesh.vertices, pose))
         faces.append(mesh.faces + offset)
-        colors.append(_corner_colors(mesh))
+        colors.append(_corner_colors(mesh, linear=path.suffix.lower() != ".obj"))
         offset += len(mesh.vertices)
     if not vertices:
         raise ValueError(f"{path} holds no triangles")
@@ -119,12 +128,29 @@ def _load_loose(path: Path) -> tuple[Tensor, Tensor, Tensor]:
             torch.from_numpy(np.concatenate(colors).astype(np.float32)))
 
 
-def _corner_colors(mesh) -> np.ndarray:
-    """Colour of each face corner, [F,3,3] in [0,1], from texture, vertex or face colours, whichever the mesh has."""
+def _corner_colors(mesh, linear: bool) -> np.ndarray:
+    """sRGB of each face corner, [F,3,3] in [0,1]: texture, material, vertex or face colours, whichever the mesh has.
+
+    linear: whether the file's vertex and material colours are linear light, as in glTF; textures never are.
+    """
     visual = mesh.visual
     if visual.kind == "face":
         return np.repeat(visual.face_colors[:, None, :3], 3, axis=1) / 255
-    if visual.kind == "texture" and visual.uv is None:
-        return np.broadcast_to(visual.material.main_color[:3] / 255, (len(mesh.faces), 3, 3))
-    colors = visual.to_color() if visual.kind == "texture" else visual
-    return colors.vertex_colors[mesh.faces][..., :3] / 255
+    if visual.kind != "texture":
+        colors = visual.vertex_colors[mesh.faces][..., :3] / 255
+        return linear_to_srgb(colors) if linear else colors
+    material = visual.material
+    textured = getattr(material, "baseColorTexture", None) is not None or getattr(material, "image", None) is not None
+    if textured and visual.uv is not None:
+        return visual.to_color().vertex_colors[mesh.faces][..., :3] / 255
+    colors = np.broadcast_to(material.main_color[:3] / 255, (len(mesh.faces), 3, 3))
+    painted = visual.vertex_attributes.get("color")
+    if painted is not None:  # glTF's vertex colours multiply the material's
+        scale = np.iinfo(painted.dtype).max if np.issubdtype(painted.dtype, np.integer) else 1
+        colors = colors * (painted[mesh.faces][..., :3] / scale)
+    return linear_to_srgb(colors) if linear else colors
+
+
+def linear_to_srgb(colors: np.ndarray) -> np.ndarray:
+    """Linear light in [0,1] => sRGB in [0,1] (IEC 61966-2-1)."""
+    return np.where(colors <= 0.0031308, 12.92 * colors, 1.055 * np.maximum(colors, 0.0031308) ** (1 / 2.4) - 0.055)

@@ -1,0 +1,66 @@
+"""The smallest real parts: a random CoSERPipeline, and folders of rendered solids to train on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from solids import cube, sphere
+
+from coser.data.assets import list_assets
+from coser.data.render import render_assets
+from coser.models.autoencoder import ViewAutoencoder
+from coser.models.text_encoder import SentenceTextEncoder
+from coser.models.unet import MultiviewUNet
+from coser.pipeline import CoSERPipeline
+from coser.train_autoencoder import PRESETS as AUTOENCODERS
+from coser.train_denoiser import PRESETS as DENOISERS
+from coser.train_denoiser import load_tokenizer, small_scheduler
+
+STATISTICS = dict(latent_mean=(0.1, -0.2, 0.3, 0.0), latent_std=(0.5, 0.6, 0.7, 0.8))
+
+
+def tiny_pipeline(seed: int = 0) -> CoSERPipeline:
+    """All parts real, the sizes of the presets called tiny, weights random but without a zero: every part has a say."""
+    torch.manual_seed(seed)
+    vae = ViewAutoencoder(**AUTOENCODERS["tiny"]["model"], **STATISTICS)
+    unet = MultiviewUNet(**DENOISERS["tiny"]["model"])
+    for model in (vae, unet):
+        for parameter in model.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.05)
+    pipeline = CoSERPipeline(vae=vae.eval(), text_encoder=SentenceTextEncoder(), tokenizer=load_tokenizer(),
+                             unet=unet.eval(), scheduler=small_scheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def plain_config(part) -> dict:
+    """A model's or scheduler's config as JSON knows it, without where it was loaded from and by which version."""
+    return {k: v for k, v in json.loads(part.to_json_string()).items() if not k.startswith("_")}
+
+
+def write_packed_assets(folder: Path) -> Path:
+    """Four solids as a packed folder, one of them held out."""
+    solids = {"cube-a": cube(0.5), "cube-b": cube(0.3), "ball": sphere(0.8, rows=6), "held": cube(0.4)}
+    folder.mkdir(parents=True)
+    rows, arrays = [], {}
+    for name, (vertices, faces, colors) in solids.items():
+        arrays |= {f"{name}_v": vertices.numpy().astype(np.float16), f"{name}_f": faces.numpy().astype(np.uint16),
+                   f"{name}_c": (colors.numpy() * 255).round().astype(np.uint8)}
+        kind = "rubber ball" if name == "ball" else "cube"
+        rows.append({"id": name, "shard": "meshes.npz", "split": "val" if name == "held" else "train", "object": kind,
+                     "captions": [f"a red {kind}", f"a {kind}"], "colors": ["red"], "quality": 0 if name == "cube-b" else 2})
+    np.savez(folder / "meshes.npz", **arrays)
+    (folder / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def write_renders(folder: Path, num_views: int = 4, size: int = 256) -> tuple[Path, Path]:
+    """Rendered rings of the packed solids: (folder to train on, folder of the held out)."""
+    assets = write_packed_assets(folder / "assets")
+    for split in ("train", "val"):
+        render_assets(list_assets(assets, split), folder / split, rings=1, num_views=num_views, size=size)
+    return folder / "train", folder / "val"
