@@ -90,25 +90,31 @@ class MasterOptimizer:
         return {k: v.detach().cpu().contiguous() for k, v in out.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Takes `state()` of a run of the same model. Raises ValueError when the parameters differ."""
+        """Takes `state()` of a run of the same model. Raises ValueError when parameters or optimisers differ."""
         missing = [n for n in self.names if f"master/{n}" not in state]
         if missing:
             raise ValueError(f"the training state has no {missing[0]!r} ({len(missing)} parameters missing); "
                              "it belongs to another model")
+        for name, master in zip(self.names, self.masters):
+            if state[f"master/{name}"].shape != master.shape:
+                raise ValueError(f"the training state's {name!r} must be {list(master.shape)}, got "
+                                 f"{list(state[f'master/{name}'].shape)}; it belongs to another model")
+        moments: list[dict[int, dict[str, Tensor]]] = [{} for _ in range(2)]
+        for key, value in state.items():
+            if key.startswith("optimizer/"):
+                _, o, i, k = key.split("/")
+                moments[int(o)].setdefault(int(i), {})[k] = value
+        counts = [len(o.param_groups[0]["params"]) for o in self.optimizers]
+        if int(state["steps"]) and [len(m) for m in moments if m] != counts:
+            raise ValueError(f"the training state must hold {counts} moments for these optimisers, got "
+                             f"{[len(m) for m in moments if m]}; the run began with another choice of AdamW and Muon")
         self.steps = int(state["steps"])
         with torch.no_grad():
             for name, master, ema in zip(self.names, self.masters, self.ema):
                 master.copy_(state[f"master/{name}"])
                 ema.copy_(state[f"ema/{name}"])
-        for o, optimizer in enumerate(self.optimizers):
-            loaded = optimizer.state_dict()
-            entries: dict[int, dict[str, Tensor]] = {}
-            for key, value in state.items():
-                if key.startswith(f"optimizer/{o}/"):
-                    _, _, i, k = key.split("/")
-                    entries.setdefault(int(i), {})[k] = value
-            loaded["state"] = entries
-            optimizer.load_state_dict(loaded)
+        for o, (optimizer, entries) in enumerate(zip(self.optimizers, moments)):
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
         self.use_masters()
 
 

@@ -74,7 +74,6 @@ class ViewBatches:
     def __init__(self, rings: list[Ring], batch_size: int, seed: int = 0, device: str = "cpu", on_device: bool = False):
         self.rings, self.batch_size, self.seed, self.device = rings, batch_size, seed, device
         self.cache = [{k: v.to(device) for k, v in load_file(r.path).items()} for r in rings] if on_device else None
-        self.files: dict[Path, object] = {}
 
     def _view(self, ring: int, pick: float) -> dict[str, Tensor]:
         if self.cache is not None:
@@ -91,8 +90,9 @@ class ViewBatches:
         picks = torch.rand(self.batch_size, generator=generator).tolist()
         views = [self._view(ring, pick) for ring, pick in zip(rings, picks)]
         channels = views_to_channels(ring_to_views({k: torch.cat([v[k] for v in views]) for k in ("rgba", "depths")}))
-        # half keep their colours: swapped channels teach other hues, not what is common
-        order = torch.randint(6, (self.batch_size,), generator=generator) * (torch.rand(self.batch_size, generator=generator) < 0.5)
+        # three quarters keep their colours: swapped channels teach other hues, not what is common
+        order = torch.randint(6, (self.batch_size,), generator=generator)
+        order = order * (torch.rand(self.batch_size, generator=generator) < 0.25)
         rgb = channels[:, :3].gather(1, CHANNEL_ORDERS[order].to(self.device)[:, :, None, None].expand_as(channels[:, :3]))
         channels = torch.cat([rgb, channels[:, 3:]], 1)
         mirror = (torch.rand(self.batch_size, generator=generator) < 0.5).to(self.device)[:, None, None, None]

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import time
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -71,20 +72,24 @@ def render_assets(assets: list[Asset], output: Path, rings: int = 1, num_views: 
     if (output / "index.jsonl").is_file():
         known = {row["id"]: row for row in map(json.loads, (output / "index.jsonl").read_text().splitlines())}
     known |= {a.id: {k: v for k, v in asdict(a).items() if k not in ("path", "packed")} for a in assets}
-    (output / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in known.values()))
+    (output / "index.tmp").write_text("".join(json.dumps(row) + "\n" for row in known.values()))
+    (output / "index.tmp").replace(output / "index.jsonl")  # a reader never sees half of it
     jobs = [(a, ring, output / f"{a.id}-{ring}.safetensors", num_views, size, device) for ring in range(rings) for a in assets]
     # in an order that has nothing to do with the packs: an unfinished folder is a fair sample
     jobs = sorted((job for job in jobs if not job[2].is_file()), key=lambda job: (job[1], zlib.crc32(job[0].id.encode())))
-    start = time.perf_counter()
     if device != "cpu" or workers <= 1:
-        done = map(_render_one, jobs)
+        _report(map(_render_one, jobs), len(jobs), num_views)
     else:
-        pool = multiprocessing.get_context("spawn").Pool(workers, initializer=torch.set_num_threads, initargs=(1,))
-        done = pool.imap_unordered(_render_one, jobs)
+        with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
+            _report(pool.imap_unordered(_render_one, jobs), len(jobs), num_views)
+
+
+def _report(done: Iterator[None], jobs: int, num_views: int) -> None:
+    start = time.perf_counter()
     for i, _ in enumerate(done, 1):
-        if i % 50 == 0 or i == len(jobs):
+        if i % 50 == 0 or i == jobs:
             rate = i * num_views / (time.perf_counter() - start)
-            print(f"{i}/{len(jobs)} rings, {rate:.1f} views/s", flush=True)
+            print(f"{i}/{jobs} rings, {rate:.1f} views/s", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
