@@ -14,7 +14,7 @@ from torch import Tensor
 from coser.data.dataset import Prefetched, ViewBatches, held_out_views, list_rings
 from coser.models.autoencoder import ViewAutoencoder
 from coser.optimizer import MasterOptimizer
-from coser.train import Log, Options, train_loop
+from coser.train_loop import Log, Options, train_loop
 from coser.views import FAR, NEAR, ViewSet, channels_to_views, depths_to_uint8, picture_grid, views_to_channels, views_to_uint8
 
 VERB = "autoencoder"
@@ -25,6 +25,7 @@ PRESETS = {
 }
 OBJECT_WEIGHT = 4.0  # most pixels are background: unweighted, the model collapses to it
 DEPTH_WEIGHT = 1.5
+HUE_WEIGHT, COARSE_WEIGHT = 2.0, 1.0
 NOISE_ON_LATENTS = 0.05  # of a latent's standard deviation: the decoder must forgive the denoiser's errors
 KL_WEIGHT = 1e-5  # keeps the raw latents near unit scale
 
@@ -36,17 +37,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def reconstruction_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Weighted L1 + squared error + gradients at two scales between channels [B,5,H,W] in [0,1]; a scalar."""
+    """Distance between channels [B,5,H,W] in [0,1]: weighted L1 and squared error, hue, gradients, coarse means; a scalar.
+
+    Hue and coarse means are there because brightness and edges alone leave a grey model for thousands of steps.
+    """
     covered = F.max_pool2d(target[:, 3:4], 5, stride=1, padding=2) > 0  # the object and a rim around it
     weight = torch.where(covered, OBJECT_WEIGHT, 1.0)
     weight = weight / weight.mean()
-    channel = predicted.new_tensor([1, 1, 1, 1, DEPTH_WEIGHT])[:, None, None]
-    error = (predicted - target) * channel
-    loss = (weight * (error.abs() + 2 * error.square())).mean()
+    error = (predicted - target) * predicted.new_tensor([1, 1, 1, 1, DEPTH_WEIGHT])[:, None, None]
+    hue = error[:, :3] - error[:, :3].mean(1, keepdim=True)
+    loss = (weight * (error.abs() + 2 * error.square())).mean() + HUE_WEIGHT * (weight * hue.abs()).mean()
     for _ in range(2):
         loss = loss + 0.5 * ((error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean())
         error = F.avg_pool2d(error, 2)
-    return loss
+    coarse_weight = F.avg_pool2d(weight, 16)
+    return loss + COARSE_WEIGHT * (coarse_weight * F.avg_pool2d(error, 4).abs()).mean()
 
 
 def autoencoder_figures(predicted: ViewSet, target: ViewSet) -> dict[str, float]:
@@ -83,12 +88,17 @@ def run(options: argparse.Namespace, loop: Options) -> None:
     """The whole training from parsed options."""
     preset = PRESETS[options.preset]
     torch.manual_seed(options.seed)
-    model = ViewAutoencoder(**preset["model"])
+    model, start = ViewAutoencoder(**preset["model"]), {}
     if options.start:  # parts that the folder's autoencoder lacks keep their fresh weights
-        model.load_state_dict(load_file(options.start / "diffusion_pytorch_model.safetensors"), strict=False)
+        start = load_file(options.start / "diffusion_pytorch_model.safetensors")
+        model.load_state_dict(start, strict=False)
     model = model.to(options.device, getattr(torch, options.dtype), memory_format=torch.channels_last)
     if options.freeze_encoder:
+        if not options.start:
+            raise ValueError("freeze_encoder needs start: a random encoder must not stay as it is")
         model.encoder.requires_grad_(False)
+        started = ViewAutoencoder.load_config(options.start)
+        model.register_to_config(latent_mean=started["latent_mean"], latent_std=started["latent_std"])
     optimizer = MasterOptimizer(model, lr=options.lr or preset["lr"], use_muon=not options.adamw)
     batches = ViewBatches(list_rings(options.renders, options.limit), options.batch_size or preset["batch_size"], options.seed,
                           options.device, options.data_on_device)
@@ -117,9 +127,12 @@ def run(options: argparse.Namespace, loop: Options) -> None:
         picture_grid(np.concatenate(rows), 12).save(loop.run / f"views-{step:06d}.png")
 
     def save_weights(folder: Path) -> None:
-        if not options.freeze_encoder or model.config.latent_std is None:
+        if model.config.latent_std is None or not options.freeze_encoder:
             mean, std = latent_statistics(model, batches)
             model.register_to_config(latent_mean=mean, latent_std=std)
-        optimizer.averaged_copy(model).save_pretrained(folder / "vae")
+        averaged = optimizer.averaged_copy(model)
+        if options.freeze_encoder:  # as it was, not as the computation's dtype rounded it
+            averaged.load_state_dict({k: v for k, v in start.items() if k.startswith("encoder.")}, strict=False)
+        averaged.save_pretrained(folder / "vae")
 
     train_loop(optimizer, loss_of_step, save_weights, evaluate, loop)

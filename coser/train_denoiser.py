@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from coser.models.text_encoder import SentenceTextEncoder, sentence_encoder_fold
 from coser.models.unet import MultiviewUNet
 from coser.optimizer import MasterOptimizer
 from coser.pipeline import CoSERPipeline, PromptEmbeds
-from coser.train import Log, Options, train_loop
+from coser.train_loop import Log, Options, train_loop
 from coser.views import picture_grid, views_to_uint8
 
 VERB = "denoiser"
@@ -124,7 +125,8 @@ def encode_rings(vae: ViewAutoencoder, vae_folder: Path, rings: list[Ring], cach
             fresh[ring.path.stem] = latents.half().cpu().contiguous()
             fresh[f"{ring.path.stem}/elevation"] = cameras.elevations.mean().reshape(1)
         if fresh and (len(fresh) >= 400 or i == len(rings)):
-            save_file(fresh, cache / f"{weights[:16]}-{len(tensors):06d}.safetensors")
+            save_file(fresh, cache / "writing")  # under its name only when whole: a killed run leaves no half file
+            (cache / "writing").rename(cache / f"{weights[:16]}-{len(tensors):06d}.safetensors")
             tensors |= fresh
             fresh = {}
             print(f"latents: {i}/{len(rings)} rings", flush=True)
@@ -155,8 +157,8 @@ def run(options: argparse.Namespace, loop: Options) -> None:
     preset = PRESETS[options.preset]
     dtype = getattr(torch, options.dtype)
     torch.manual_seed(options.seed)
-    vae = ViewAutoencoder.from_pretrained(options.autoencoder, torch_dtype=dtype)
-    vae = vae.to(options.device, memory_format=torch.channels_last).eval()
+    stored_vae = ViewAutoencoder.from_pretrained(options.autoencoder, torch_dtype=torch.float16)
+    vae = copy.deepcopy(stored_vae).to(options.device, dtype, memory_format=torch.channels_last).eval()
     unet = MultiviewUNet(**preset["model"]).to(options.device, dtype, memory_format=torch.channels_last)
     pipeline = CoSERPipeline(vae=vae, text_encoder=SentenceTextEncoder(), tokenizer=load_tokenizer(), unet=unet,
                              scheduler=small_scheduler()).to(options.device)
@@ -202,17 +204,15 @@ def run(options: argparse.Namespace, loop: Options) -> None:
         unet.train()
 
     def save_weights(folder: Path) -> None:
-        save_pipeline(pipeline, optimizer.averaged_copy(unet), folder)
+        save_pipeline(pipeline, stored_vae, optimizer.averaged_copy(unet), folder)
 
     (loop.run / "options.json").parent.mkdir(parents=True, exist_ok=True)
     (loop.run / "options.json").write_text(json.dumps({k: str(v) for k, v in vars(options).items() if k != "run_verb"}, indent=1))
     train_loop(optimizer, loss_of_step, save_weights, evaluate, loop)
 
 
-def save_pipeline(pipeline: CoSERPipeline, unet: MultiviewUNet, folder: Path) -> None:
-    """Writes the pipeline with `unet` in the place of its own, in float16 safetensors."""
-    vae = ViewAutoencoder.from_config(pipeline.vae.config)
-    vae.load_state_dict(pipeline.vae.state_dict())
-    copied = CoSERPipeline(vae=vae.half(), text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer, unet=unet,
+def save_pipeline(pipeline: CoSERPipeline, vae: ViewAutoencoder, unet: MultiviewUNet, folder: Path) -> None:
+    """Writes the pipeline with `vae` and `unet` in the place of its own, in their dtype, as safetensors."""
+    copied = CoSERPipeline(vae=vae, text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer, unet=unet,
                            scheduler=pipeline.scheduler)
     copied.save_pretrained(folder)

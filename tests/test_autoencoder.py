@@ -1,0 +1,97 @@
+"""The autoencoder's shapes, its normalised latents, and that it learns."""
+
+import pytest
+import torch
+from solids import sphere
+from tiny import STATISTICS, plain_config, tiny_pipeline
+
+from coser.cameras import Cameras
+from coser.models.autoencoder import ViewAutoencoder
+from coser.rasterizer import render
+from coser.train_autoencoder import PRESETS, autoencoder_figures, reconstruction_loss
+from coser.views import ViewSet, views_to_channels
+
+TINY = PRESETS["tiny"]["model"]
+
+
+@pytest.fixture(scope="module")
+def views():
+    return render(*sphere(0.7, rows=8), Cameras.orbit(2), 64)
+
+
+@pytest.fixture(scope="module")
+def vae(pipeline):
+    return pipeline.vae
+
+
+@torch.no_grad()
+def test_latents_are_sixteen_times_smaller_and_previews_a_quarter(vae, views):
+    latents = vae.views_to_latents(views)
+    assert latents.shape == (2, 4, 4, 4) and latents.dtype == torch.float32
+    assert vae.latents_to_views(latents).views.shape == (2, 3, 64, 64)
+    assert vae.latents_to_preview(latents).views.shape == (2, 3, 16, 16)
+
+
+@torch.no_grad()
+def test_latents_are_normalised_by_the_statistics_and_decoding_undoes_it(vae, views):
+    raw = vae.encode(views_to_channels(views))
+    latents = vae.views_to_latents(views)
+    mean, std = (torch.tensor(STATISTICS[k])[:, None, None] for k in ("latent_mean", "latent_std"))
+    torch.testing.assert_close(latents * std + mean, raw)
+    torch.testing.assert_close(vae.latents_to_views(latents).masks[:, 0], vae.decode(raw)[:, 3].clamp(0, 1))
+
+
+def test_without_statistics_there_are_no_normalised_latents(views):
+    with pytest.raises(ValueError, match="latent statistics"):
+        ViewAutoencoder(**TINY).views_to_latents(views)
+
+
+@torch.no_grad()
+def test_each_view_is_coded_by_itself(vae, views):
+    together = vae.views_to_latents(views)
+    torch.testing.assert_close(vae.views_to_latents(views[1:2]), together[1:2], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_saving_keeps_every_weight_and_the_statistics(vae, tmp_path):
+    vae.save_pretrained(tmp_path)
+    loaded = ViewAutoencoder.from_pretrained(tmp_path)
+    assert plain_config(loaded) == plain_config(vae)
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in vae.state_dict().items())
+
+
+def test_every_weight_takes_part(views):
+    vae = tiny_pipeline().vae
+    channels = views_to_channels(views)
+    latents = vae.encode(channels)
+    (reconstruction_loss(vae.decode(latents), channels) + vae.decode_preview(latents).square().mean()).backward()
+    assert [n for n, p in vae.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_a_few_steps_on_one_view_bring_it_closer(views):
+    vae = tiny_pipeline().vae.train()
+    optimizer = torch.optim.Adam(vae.parameters(), lr=3e-3)
+    channels, losses = views_to_channels(views), []
+    for _ in range(40):
+        loss = reconstruction_loss(vae.decode(vae.encode(channels)), channels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] / 3
+
+
+def test_the_loss_is_zero_for_the_truth_alone_and_looks_at_every_channel(views):
+    channels = views_to_channels(views)
+    assert float(reconstruction_loss(channels, channels)) == 0
+    for channel in range(5):
+        wrong = channels.clone()
+        wrong[:, channel] += 0.1
+        assert float(reconstruction_loss(wrong, channels)) >= 0.04
+
+
+def test_figures_tell_a_known_error(views):
+    shifted = ViewSet((views.views + 0.1 * (views.masks > 0.5)), views.masks, torch.where(views.depths > 0, views.depths + 0.02, 0.0))
+    figures = autoencoder_figures(shifted, views)
+    assert figures["psnr"] == pytest.approx(20.0, abs=0.01) and figures["alpha_iou"] == 1.0
+    assert figures["depth_error"] == pytest.approx(0.02, abs=1e-4)
