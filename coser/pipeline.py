@@ -83,13 +83,13 @@ class CoSERPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents must be {list(shape)}, got {list(latents.shape)}")
-        return latents.to(self._execution_device, torch.float32) * self.scheduler.init_noise_sigma
+        latents = latents.to(self._execution_device, torch.float32)
+        return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow schedulers have none
 
     @torch.no_grad()
     def stream(self, prompt: str, *, num_views: int = 12, elevation: float = ELEVATION, guidance_scale: float = 4.0,
                num_inference_steps: int = 20, negative_prompt: str = "", generator: torch.Generator | None = None,
-               latents: Tensor | None = None, mixers: tuple[str, ...] | None = None,
-               previews: bool = True) -> Iterator[MultiviewStep]:
+               latents: Tensor | None = None, mixers: tuple[str, ...] | None = None) -> Iterator[MultiviewStep]:
         """Denoises a ring of views and yields every step; the last one carries the finished views.
 
         prompt: one sentence. num_views: 4..24. elevation: degrees, 0..30. guidance_scale: >= 1, 1 = no guidance.
@@ -124,10 +124,15 @@ class CoSERPipeline(DiffusionPipeline):
                  mixers: tuple[str, ...] | None) -> Tensor:
         """The guided prediction for all views, [N,C,h,w] in float32; text-free and prompted halves go as one batch."""
         batch = len(embeds.states)
-        scaled = self.scheduler.scale_model_input(latents, timestep).to(self.unet.dtype)
+        scaled = self._scaled(latents, timestep).to(self.unet.dtype)
         prediction = self.unet(scaled.expand(batch, *scaled.shape), timestep.expand(batch), embeds.states, cameras,
                                pooled=embeds.pooled, attention_mask=embeds.mask, mixers=mixers).float()
         return prediction[0] if batch == 1 else torch.lerp(prediction[0], prediction[1], guidance_scale)
+
+    def _scaled(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        """The latents as the UNet knows them; flow schedulers have nothing to scale."""
+        scale = getattr(self.scheduler, "scale_model_input", None)
+        return latents if scale is None else scale(latents, timestep)
 
     def _denoised(self, prediction: Tensor, latents: Tensor, timestep: Tensor, index: int) -> Tensor:
         """The estimate of the clean latents that a prediction stands for."""
@@ -136,10 +141,14 @@ class CoSERPipeline(DiffusionPipeline):
             return latents - self.scheduler.sigmas[index].to(latents.device) * prediction
         if kind == "sample":
             return prediction
-        alpha = self.scheduler.alphas_cumprod.to(latents.device)[timestep.long()]
+        scaled = self._scaled(latents, timestep)  # = sqrt(alpha) clean + sqrt(1 - alpha) noise, whatever the scheduler keeps
+        if hasattr(self.scheduler, "sigmas"):  # of noise against signal, also between the trained timesteps
+            alpha = 1 / (1 + self.scheduler.sigmas[index].to(latents.device).square())
+        else:
+            alpha = self.scheduler.alphas_cumprod.to(latents.device)[timestep.long()]
         if kind == "v_prediction":
-            return alpha.sqrt() * latents - (1 - alpha).sqrt() * prediction
-        return (latents - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
+            return alpha.sqrt() * scaled - (1 - alpha).sqrt() * prediction
+        return (scaled - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
 
 
 def check_arguments(prompt: str, num_views: int, elevation: float, guidance_scale: float, num_inference_steps: int,
