@@ -53,7 +53,8 @@ def fuse(views: ViewSet, cameras: Cameras, resolution: int = 128) -> tuple[np.nd
     The surface is closed. Raises ValueError when the views show nothing.
     """
     maps = view_maps(views, cameras)
-    low, high = _bounds(views, cameras)
+    seen = _seen_points(views, cameras)
+    low, high = _bounds(seen)
     pixel = _pixel_size(cameras, views.views.shape[-1], cameras.centers.norm(dim=-1).mean())
     voxel = max(float((high - low).clamp_min(8 * pixel).prod()) ** (1 / 3) / resolution, FINEST * float(pixel))
     axes = [torch.arange(float(low[k]) - MARGIN * voxel, float(high[k]) + (MARGIN + 1) * voxel, voxel,
@@ -66,7 +67,10 @@ def fuse(views: ViewSet, cameras: Cameras, resolution: int = 128) -> tuple[np.nd
     for part in near.split(65536):
         points = torch.stack([axes[k][part[:, k]] for k in range(3)], -1)
         distances[tuple(part.T)], told[tuple(part.T)] = signed_distances(points, maps, cameras, truncation)
-    grid = cut_floor(distances.cpu().numpy(), told.cpu().numpy(), axes[1].cpu().numpy(), lowest_seen(views, cameras), truncation)
+    half_pixel = float(pixel * torch.deg2rad(cameras.elevations.mean()).cos()) / 2  # surfaces end beside their last pixel
+    stray = max(2, len(seen) // (2000 * len(views)))  # a handful of stray pixels below the object does not count
+    floor = float(seen[:, 1].kthvalue(min(stray, len(seen))).values) - half_pixel
+    grid = cut_floor(distances.cpu().numpy(), told.cpu().numpy(), axes[1].cpu().numpy(), floor, truncation)
     grid = np.pad(grid, 1, constant_values=truncation)
     np.copyto(grid, 1e-4 * voxel, where=np.abs(grid) < 1e-4 * voxel)  # a corner exactly on the surface makes slivers
     if not (grid < 0).any():
@@ -142,14 +146,6 @@ def signed_distances(points: Tensor, maps: ViewMaps, cameras: Cameras, truncatio
     return torch.maximum(mean, carved).clamp(-truncation, truncation), (total > 1e-6) | (carved > 0)
 
 
-def lowest_seen(views: ViewSet, cameras: Cameras) -> float:
-    """The height of the lowest surface that the views see; a handful of stray pixels does not count."""
-    y = _seen_points(views, cameras)[:, 1]
-    stray = max(2, len(y) // (2000 * len(views)))
-    half_pixel = _pixel_size(cameras, views.views.shape[-1], cameras.centers.norm(dim=-1).mean()) / 2
-    return float(y.kthvalue(min(stray, len(y))).values - half_pixel * torch.deg2rad(cameras.elevations.mean()).cos())
-
-
 def _seen_points(views: ViewSet, cameras: Cameras) -> Tensor:
     n, _, size, _ = views.views.shape
     points = cameras.unproject(pixel_centers(size, views.views.device), views.depths.reshape(n, -1))
@@ -159,8 +155,7 @@ def _seen_points(views: ViewSet, cameras: Cameras) -> Tensor:
     return points
 
 
-def _bounds(views: ViewSet, cameras: Cameras) -> tuple[Tensor, Tensor]:
-    points = _seen_points(views, cameras)
+def _bounds(points: Tensor) -> tuple[Tensor, Tensor]:
     stray = max(1, len(points) // 100_000)
     low = points.kthvalue(stray, 0).values
     return low, -(-points).kthvalue(stray, 0).values
@@ -191,13 +186,13 @@ def _classify(maps: ViewMaps, cameras: Cameras, axes: list[Tensor], voxel: float
     corners = torch.stack(torch.meshgrid(*(axis[::2] for axis in axes), indexing="ij"), -1)
     uv, depth = cameras.project(corners.reshape(-1, 3))
     doubt = 1.8 * voxel  # half the diagonal of a block
-    reach = math.ceil(1.2 * doubt / float(_pixel_size(cameras, size, depth.mean())))
-    window = (2 * reach + 1, 1, reach)
-    closest = F.max_pool2d(maps.nearness, *window)  # of what the block may cover
-    covered = maps.cosines > 0
-    furthest = -F.max_pool2d(torch.where(covered, -maps.nearness, -torch.inf), *window)
-    column, row = (uv * size).long().clamp(0, size - 1).unbind(-1)
-    index = row * size + column
+    reach = math.ceil(0.6 * doubt / float(_pixel_size(cameras, size, depth.mean())))  # in pairs of pixels
+    closest, nowhere_closer = (  # of all that the block may cover; pairs of pixels are fine enough for that
+        F.max_pool2d(F.max_pool2d(m, 2, ceil_mode=True), 2 * reach + 1, 1, reach)
+        for m in (maps.nearness, torch.where(maps.cosines > 0, -maps.nearness, -torch.inf)))
+    furthest = -nowhere_closer
+    column, row = ((uv * size).long().clamp(0, size - 1) // 2).unbind(-1)
+    index = row * closest.shape[-1] + column
     first, last = (1 / m.flatten(1).gather(1, index) for m in (closest, furthest))
     free = (depth < first - doubt - voxel).sum(0) >= min(2, len(cameras))
     hidden = ((depth > last + doubt + 1.5 * voxel) & (last > 0)).all(0)

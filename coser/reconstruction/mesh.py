@@ -39,7 +39,8 @@ class Mesh:
 
     def edges(self) -> np.ndarray:
         """Each edge once, [E,2], smaller vertex first."""
-        return np.unique(_half_edges(self.faces), axis=0)
+        low, high = _half_edges(self.faces).T
+        return np.stack(np.divmod(np.unique(low * len(self.vertices) + high), len(self.vertices)), -1)
 
     @property
     def is_watertight(self) -> bool:
@@ -176,8 +177,8 @@ def _without_folds(faces: np.ndarray) -> np.ndarray:
     turned = (faces.argmin(1)[:, None] + [0, 1]) % 3
     second = np.take_along_axis(faces, turned, 1)[:, 1]
     side = np.where(second == corners[:, 1], 1, -1)
-    _, group = np.unique(corners, axis=0, return_inverse=True)
-    group = group.ravel()
+    count = faces.max() + 1
+    _, group = np.unique((corners[:, 0] * count + corners[:, 1]) * count + corners[:, 2], return_inverse=True)
     balance, size = np.bincount(group, side), np.bincount(group)
     return faces[~((size == 2) & (balance == 0))[group]]
 
