@@ -12,7 +12,7 @@ from coser.metrics import psnr, render_mesh, silhouette_iou
 from coser.rasterizer import render
 from coser.reconstruction import reconstruct
 from coser.reconstruction.floor import cut_floor
-from coser.reconstruction.fuse import silhouette_distances, view_maps
+from coser.reconstruction.maps import silhouette_distances, view_maps
 from coser.views import ViewSet
 
 RING = Cameras.orbit(12)
@@ -51,6 +51,24 @@ def test_table_keeps_no_cone_under_its_top():
     level = Cameras.orbit(2, elevation=0, start=30)
     iou = silhouette_iou(render_mesh(mesh, level, 128).masks, render(*table(), level, 128).masks)
     assert iou.min() > 0.93
+
+
+def test_sheet_without_thickness_survives_the_views_along_it():
+    fin = torch.tensor([[0., .2, -.5], [0, .2, .5], [0, .7, .5], [0, .7, -.5]])  # seen edge-on from azimuths 0 and 180
+    solid = joined(cube(0.3, (0, -.1, 0)), (fin, torch.tensor([[0, 1, 2], [0, 2, 3]]), torch.full((2, 3, 3), 0.5)))
+    mesh = rebuilt(solid, max_faces=10**6)
+    assert mesh.is_watertight
+    side = Cameras.look_at_origin([75, 105], 20)
+    assert silhouette_iou(render_mesh(mesh, side, SIZE).masks, render(*solid, side, SIZE).masks).min() > 0.93
+    thickness = np.ptp(mesh.vertices[(mesh.vertices[:, 1] > 0.3) & (np.abs(mesh.vertices[:, 2]) < 0.4)][:, 0])
+    assert thickness < 0.1
+
+
+def test_narrow_gap_between_two_boxes_stays_open():
+    solid = joined(cube(0.3, (-0.36, 0, 0)), cube(0.3, (0.36, 0, 0)))
+    mesh = rebuilt(solid, max_faces=10**6)
+    middle = np.abs(mesh.vertices[:, 0]) < 0.03
+    assert not (middle & (mesh.vertices[:, 1] > 0.25)).any()
 
 
 def test_floor_cut_touches_nothing_that_a_view_knows():

@@ -10,8 +10,6 @@ to the floor that the object stands on.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,30 +18,16 @@ from torch import Tensor
 
 from coser.cameras import Cameras, pixel_centers
 from coser.reconstruction.floor import cut_floor
+from coser.reconstruction.maps import ViewMaps, pixel_size, view_maps
+from coser.reconstruction.sheets import thicken_sheets
 from coser.views import ViewSet
 
 FINEST = 1.5  # pixels; a finer grid would cost time and show nothing more
 TRUNCATION = 3.0  # voxels; a view behind whose surface a point lies deeper than this has no say
-REACH = 4  # pixels; silhouette distances are exact up to here
+SHEET = 1.5  # voxels; thinner things seen from both sides are made this thick
 MARGIN = 3  # voxels of air around the object
 MIN_COS = 0.03  # surfaces seen at a flatter angle than this tell nothing
 FREE, HIDDEN, NEAR = 1, -1, 0  # what the coarse pass says of a cell
-
-
-@dataclass(frozen=True)
-class ViewMaps:
-    """What each pixel of N views knows about the surface it sees.
-
-    silhouettes [N,S,S]: signed distance to the silhouette, pixels, positive outside. nearness [N,S,S]: 1 / depth, 0 =
-    nothing; it is linear along a plane, and slopes [N,2,S,S] are its derivatives a pixel to the right and down.
-    cosines [N,S,S]: between the pixel's ray and the surface's normal, times the ray's length for a unit of depth, so
-    that (depth difference) * cosine = distance from the plane; 0 = nothing.
-    """
-
-    silhouettes: Tensor
-    nearness: Tensor
-    slopes: Tensor
-    cosines: Tensor
 
 
 def fuse(views: ViewSet, cameras: Cameras, resolution: int = 128) -> tuple[np.ndarray, np.ndarray, float]:
@@ -55,7 +39,7 @@ def fuse(views: ViewSet, cameras: Cameras, resolution: int = 128) -> tuple[np.nd
     maps = view_maps(views, cameras)
     seen = _seen_points(views, cameras)
     low, high = _bounds(seen)
-    pixel = _pixel_size(cameras, views.views.shape[-1], cameras.centers.norm(dim=-1).mean())
+    pixel = pixel_size(cameras, views.views.shape[-1], cameras.centers.norm(dim=-1).mean())
     voxel = max(float((high - low).clamp_min(8 * pixel).prod()) ** (1 / 3) / resolution, FINEST * float(pixel))
     axes = [torch.arange(float(low[k]) - MARGIN * voxel, float(high[k]) + (MARGIN + 1) * voxel, voxel,
                          device=maps.nearness.device) for k in range(3)]
@@ -80,52 +64,11 @@ def fuse(views: ViewSet, cameras: Cameras, resolution: int = 128) -> tuple[np.nd
     return ((vertices - 1) * voxel + origin).astype(np.float32), faces.astype(np.int64), voxel
 
 
-def view_maps(views: ViewSet, cameras: Cameras) -> ViewMaps:
-    """The ViewMaps of N views; pixels covered by less than half know no depth of their own but continue their neighbours'."""
-    masks, depths = views.masks[:, 0], views.depths[:, 0]
-    valid = (depths > 0) & (masks >= 0.5)
-    nearness = torch.where(valid, 1 / depths.clamp_min(1e-6), 0.0)
-    maps = torch.stack([nearness, *_slopes(nearness, valid)], 1)
-    for _ in range(2):  # silhouettes are finer than pixels: the surface must reach a little beyond the covered ones
-        count = F.avg_pool2d(valid[:, None].float(), 3, 1, 1)
-        mean = F.avg_pool2d(maps * valid[:, None], 3, 1, 1) / count.clamp_min(1e-6)
-        maps = torch.where(valid[:, None], maps, mean)
-        valid = valid | (count[:, 0] > 0)
-    nearness, slopes = maps[:, 0], maps[:, 1:]
-    size = nearness.shape[-1]
-    x, y = ((pixel_centers(size, nearness.device) * 2 - 1) / cameras.focal).T.reshape(2, size, size)
-    gx, gy = (slopes * (size * cameras.focal / 2)).unbind(1)  # a pixel => a unit of the picture plane at depth 1
-    steep = (gx.square() + gy.square() + (nearness - gx * x - gy * y).square()).sqrt()
-    cosines = torch.where(valid, nearness / steep.clamp_min(1e-9), 0.0)
-    return ViewMaps(silhouette_distances(masks), nearness, slopes, cosines)
-
-
-def silhouette_distances(masks: Tensor, reach: int = REACH) -> Tensor:
-    """Coverage [N,S,S] in [0,1] => signed distances to the silhouette in pixels, positive outside, within +-reach.
-
-    A pixel covered by a part m lies 0.5 - m from the edge, which makes the result finer than a pixel: each pixel takes the
-    smallest (its way to another pixel) + (that pixel's way to the edge).
-    """
-    n, h, w = masks.shape
-    padded = F.pad(masks[:, None], (reach,) * 4, mode="replicate")[:, 0]  # beyond the picture nobody knows better
-    outside = torch.where(padded > 0, 0.5 - padded, 2.0 * reach)
-    inside = torch.where(padded < 1, padded - 0.5, 2.0 * reach)
-    to_object, to_air = torch.full_like(masks, reach), torch.full_like(masks, reach)
-    for dy in range(-reach, reach + 1):
-        for dx in range(-reach, reach + 1):
-            way = math.hypot(dy, dx)
-            if way <= reach:
-                window = (slice(None), slice(reach + dy, reach + dy + h), slice(reach + dx, reach + dx + w))
-                to_object = torch.minimum(to_object, outside[window] + way)
-                to_air = torch.minimum(to_air, inside[window] + way)
-    return torch.where(masks < 0.5, to_object, -to_air)
-
-
 def signed_distances(points: Tensor, maps: ViewMaps, cameras: Cameras, truncation: float) -> tuple[Tensor, Tensor]:
     """Points [P,3] => signed distances [P] within +-truncation (positive outside) and whether any view could tell [P]."""
     n, size = maps.nearness.shape[:2]
     uv, depth = cameras.project(points)
-    pixel = _pixel_size(cameras, size, depth)
+    pixel = pixel_size(cameras, size, depth)
     beside = F.grid_sample(maps.silhouettes[:, None], (uv * 2 - 1)[:, None], mode="bilinear", padding_mode="border",
                            align_corners=False)[:, 0, 0] * pixel
     column, row = (uv * size).long().clamp(0, size - 1).unbind(-1)
@@ -143,7 +86,22 @@ def signed_distances(points: Tensor, maps: ViewMaps, cameras: Cameras, truncatio
     most, second = beside.topk(min(2, n), 0).values[[0, -1]]
     # one silhouette may be wrong: where depth maps know a surface, two must agree to carve it away
     carved = torch.where(total > 1e-6, second, most)
-    return torch.maximum(mean, carved).clamp(-truncation, truncation), (total > 1e-6) | (carved > 0)
+    distance = torch.maximum(mean, carved)
+    close = tells & (behind.abs() < truncation)
+    maybe = _seen_from_both_sides(index, cosine.square() * close, maps.normals)
+    if len(maybe):
+        rays = F.normalize(points[maybe].T - cameras.centers[..., None], dim=1)
+        normals = maps.normals.flatten(2).gather(2, index[:, None, maybe].expand(-1, 3, -1))
+        thick, sheet = thicken_sheets(behind[:, maybe], (cosine.square() * close)[:, maybe], normals, rays, beside[:, maybe],
+                                      ((behind >= truncation) & (cosine > MIN_COS))[:, maybe], SHEET * truncation / TRUNCATION)
+        distance[maybe[sheet]] = thick[sheet]
+    return distance.clamp(-truncation, truncation), (total > 1e-6) | (carved > 0)
+
+
+def _seen_from_both_sides(index: Tensor, weight: Tensor, normals: Tensor) -> Tensor:
+    """Numbers of the points whose views' normals nearly cancel: mean normals shorter than 0.6."""
+    sums = [(weight * axis.flatten(1).gather(1, index)).sum(0) for axis in normals.unbind(1)]
+    return (torch.stack(sums).norm(dim=0) < 0.6 * weight.sum(0)).nonzero()[:, 0]
 
 
 def _seen_points(views: ViewSet, cameras: Cameras) -> Tensor:
@@ -161,32 +119,13 @@ def _bounds(points: Tensor) -> tuple[Tensor, Tensor]:
     return low, -(-points).kthvalue(stray, 0).values
 
 
-def _pixel_size(cameras: Cameras, size: int, depth: Tensor) -> Tensor:
-    return depth * (2 / (cameras.focal * size))
-
-
-def _slopes(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Derivatives a pixel of `values` [N,S,S] to the right and down: of both neighbours' differences the smaller one, so that
-    a step in depth beside a pixel does not tilt it."""
-    slopes = []
-    for dim in (2, 1):
-        length = values.shape[dim] - 1
-        both = valid.narrow(dim, 1, length) & valid.narrow(dim, 0, length)
-        step = torch.where(both, values.diff(dim=dim), torch.inf)
-        end = torch.full_like(values.narrow(dim, 0, 1), torch.inf)
-        ahead, back = torch.cat([step, end], dim), torch.cat([end, step], dim)
-        slope = torch.where(ahead.abs() < back.abs(), ahead, back)
-        slopes.append(torch.where(slope.isinf(), 0.0, slope))
-    return tuple(slopes)
-
-
 def _classify(maps: ViewMaps, cameras: Cameras, axes: list[Tensor], voxel: float) -> Tensor:
     """Cells of the grid [X,Y,Z]: FREE, HIDDEN or NEAR (worth a look), decided for blocks of 2^3 with room for doubt."""
     size = maps.nearness.shape[-1]
     corners = torch.stack(torch.meshgrid(*(axis[::2] for axis in axes), indexing="ij"), -1)
     uv, depth = cameras.project(corners.reshape(-1, 3))
     doubt = 1.8 * voxel  # half the diagonal of a block
-    reach = math.ceil(0.6 * doubt / float(_pixel_size(cameras, size, depth.mean())))  # in pairs of pixels
+    reach = math.ceil(0.6 * doubt / float(pixel_size(cameras, size, depth.mean())))  # in pairs of pixels
     closest, nowhere_closer = (  # of all that the block may cover; pairs of pixels are fine enough for that
         F.max_pool2d(F.max_pool2d(m, 2, ceil_mode=True), 2 * reach + 1, 1, reach)
         for m in (maps.nearness, torch.where(maps.cosines > 0, -maps.nearness, -torch.inf)))
@@ -194,7 +133,7 @@ def _classify(maps: ViewMaps, cameras: Cameras, axes: list[Tensor], voxel: float
     column, row = ((uv * size).long().clamp(0, size - 1) // 2).unbind(-1)
     index = row * closest.shape[-1] + column
     first, last = (1 / m.flatten(1).gather(1, index) for m in (closest, furthest))
-    free = (depth < first - doubt - voxel).sum(0) >= min(2, len(cameras))
+    free = (depth < first - doubt - voxel).sum(0) >= min(3, len(cameras))  # two may look along a sheet from its two ends
     hidden = ((depth > last + doubt + 1.5 * voxel) & (last > 0)).all(0)
     blocks = (free.int() * FREE + (hidden & ~free).int() * HIDDEN).view(corners.shape[:3])
     for dim, axis in enumerate(axes):
