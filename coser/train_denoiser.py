@@ -157,7 +157,7 @@ def run(options: argparse.Namespace, loop: Options) -> None:
     preset = PRESETS[options.preset]
     dtype = getattr(torch, options.dtype)
     torch.manual_seed(options.seed)
-    stored_vae = ViewAutoencoder.from_pretrained(options.autoencoder, torch_dtype=torch.float16)
+    stored_vae = ViewAutoencoder.from_pretrained(options.autoencoder, dtype=torch.float16)
     vae = copy.deepcopy(stored_vae).to(options.device, dtype, memory_format=torch.channels_last).eval()
     unet = MultiviewUNet(**preset["model"]).to(options.device, dtype, memory_format=torch.channels_last)
     pipeline = CoSERPipeline(vae=vae, text_encoder=SentenceTextEncoder(), tokenizer=load_tokenizer(), unet=unet,

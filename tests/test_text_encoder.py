@@ -41,7 +41,7 @@ def test_the_hash_is_that_of_the_published_weights():
 def test_its_folder_names_the_weights_and_holds_none(pipeline, tmp_path):
     pipeline.text_encoder.save_pretrained(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
-    loaded = SentenceTextEncoder.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    loaded = SentenceTextEncoder.from_pretrained(tmp_path, dtype=torch.bfloat16)
     expected = pipeline.text_encoder.state_dict()
     assert all(torch.equal(v, expected[k].bfloat16()) for k, v in loaded.state_dict().items())
 

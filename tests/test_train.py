@@ -1,0 +1,233 @@
+"""Trainings: a run that is killed at any moment resumes to the same bits, and its checkpoints are what was trained."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from coser import train_denoiser, train_loop
+from coser.models.autoencoder import ViewAutoencoder
+from coser.optimizer import MasterOptimizer
+from coser.pipeline import CoSERPipeline
+from coser.train import main
+from coser.train_loop import Budget, Options, checkpoints
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def options(renders, pipeline_folder):
+    """verb => what every tiny run of it is started with."""
+    common = ["--preset", "tiny", "--renders", str(renders[0]), "--held-out", str(renders[1]), "--device", "cpu",
+              "--warmup", "2", "--log-every", "1", "--evaluate-every", "1000"]
+    return {"autoencoder": ["autoencoder", *common],
+            "denoiser": ["denoiser", *common, "--dtype", "float32", "--autoencoder", str(pipeline_folder / "vae")]}
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch):
+    monkeypatch.setattr(train_denoiser, "SAMPLE_PROMPTS", ("a red cube",))
+
+
+@pytest.fixture(scope="module")
+def finished(options, tmp_path_factory):
+    """verb => the folder of a run of 6 steps that nothing disturbed."""
+    def run(verb):
+        if verb not in made:
+            made[verb] = tmp_path_factory.mktemp(verb) / "whole"
+            main([*options[verb], "--run", str(made[verb]), "--steps", "6", "--save-every", "2"])
+        return made[verb]
+
+    made: dict[str, Path] = {}
+    return run
+
+
+def losses(run: Path) -> dict[int, tuple[float, float]]:
+    """Step => loss and gradient norm of the training, as last logged."""
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return {e["step"]: (e["loss"], e["norm"]) for e in entries if "norm" in e}
+
+
+def assert_same_end(run: Path, expected: Path) -> None:
+    a, b = checkpoints(run)[-1], checkpoints(expected)[-1]
+    assert a.name == b.name
+    files = {p.relative_to(b) for p in b.rglob("*.safetensors")}
+    assert files == {p.relative_to(a) for p in a.rglob("*.safetensors")} and len(files) >= 2
+    for file in files:
+        found, wanted = load_file(a / file), load_file(b / file)
+        assert found.keys() == wanted.keys()
+        assert [k for k in wanted if not torch.equal(found[k], wanted[k])] == [], file
+    assert losses(run) == losses(expected)
+    assert [held_out(run)] == [held_out(expected)]
+
+
+def held_out(run: Path) -> dict:
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [e for e in entries if "held_out" in e][-1]
+
+
+class Killed(BaseException):
+    """Nothing in the code may catch it."""
+
+
+@pytest.mark.parametrize("verb", ["autoencoder", "denoiser"])
+def test_a_run_killed_between_checkpoints_ends_as_an_uninterrupted_one(verb, options, finished, tmp_path, monkeypatch):
+    expected = finished(verb)
+    schedule = train_loop.schedule
+
+    def until_step_5(progress, step, *args):
+        if step == 5:
+            raise Killed
+        return schedule(progress, step, *args)
+
+    monkeypatch.setattr(train_loop, "schedule", until_step_5)
+    command = [*options[verb], "--run", str(tmp_path / "run"), "--steps", "6", "--save-every", "2"]
+    with pytest.raises(Killed):
+        main(command)
+    assert checkpoints(tmp_path / "run")[-1].name == "checkpoint-4"
+    monkeypatch.setattr(train_loop, "schedule", schedule)
+    main(command)
+    assert_same_end(tmp_path / "run", expected)
+
+
+@pytest.mark.parametrize("verb", ["autoencoder", "denoiser"])
+def test_how_often_a_run_saves_does_not_change_its_end(verb, options, finished, tmp_path):
+    main([*options[verb], "--run", str(tmp_path / "run"), "--steps", "6"])
+    assert_same_end(tmp_path / "run", finished(verb))
+
+
+def test_a_process_killed_at_any_moment_resumes_to_the_same_end(options, tmp_path):
+    tail = ["--steps", "14", "--save-every", "1"]
+    command = [*options["autoencoder"], "--run", str(tmp_path / "run"), *tail]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-m", "coser.train", *command], env=environment, cwd=tmp_path,
+                               stdout=subprocess.DEVNULL)
+    while process.poll() is None and len(checkpoints(tmp_path / "run")) < 2:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
+    main(command)
+    assert any("resumed" in line for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    main([*options["autoencoder"], "--run", str(tmp_path / "whole"), *tail])
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_checkpoint_is_a_pipeline_with_the_averaged_weights(finished):
+    folder = checkpoints(finished("denoiser"))[-1]
+    state = load_file(folder / "training_state.safetensors")
+    unet = CoSERPipeline.from_pretrained(folder, dtype=torch.float16).unet
+    for name, weight in unet.named_parameters():
+        assert torch.equal(weight.flatten(), state[f"ema/{name}"].half().flatten()), name
+    assert any(not torch.equal(state[f"ema/{n}"], state[f"master/{n}"]) for n, _ in unet.named_parameters())
+    assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+
+
+def test_a_checkpoint_s_autoencoder_is_the_one_that_was_given(finished, pipeline_folder):
+    saved = load_file(checkpoints(finished("denoiser"))[-1] / "vae" / "diffusion_pytorch_model.safetensors")
+    given = load_file(pipeline_folder / "vae" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(saved[k], given[k].half()) for k in given)
+
+
+def test_a_trained_autoencoder_knows_its_latents_statistics(finished):
+    vae = ViewAutoencoder.from_pretrained(checkpoints(finished("autoencoder"))[-1] / "vae")
+    assert len(vae.config.latent_mean) == len(vae.config.latent_std) == vae.config.latent_channels
+    assert all(s > 0 for s in vae.config.latent_std)
+
+
+def test_a_run_leaves_its_last_checkpoints_a_picture_and_held_out_figures(finished):
+    for verb, picture in (("autoencoder", "views-000006.png"), ("denoiser", "samples-000006.png")):
+        run = finished(verb)
+        assert [p.name for p in checkpoints(run)] == ["checkpoint-4", "checkpoint-6"]
+        assert (run / picture).is_file() and held_out(run)["step"] == 6
+
+
+def test_a_finished_run_stays_as_it_is(options, finished):
+    run = finished("autoencoder")
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")}
+    main([*options["autoencoder"], "--run", str(run), "--steps", "6", "--save-every", "2"])
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")} == before
+
+
+def test_data_on_the_device_trains_the_same(options, finished, tmp_path):
+    main([*options["denoiser"], "--run", str(tmp_path / "run"), "--steps", "6", "--data-on-device"])
+    assert_same_end(tmp_path / "run", finished("denoiser"))
+
+
+def test_adamw_alone_trains_otherwise_than_muon(options, finished, tmp_path):
+    main([*options["autoencoder"], "--run", str(tmp_path / "run"), "--steps", "2", "--adamw"])
+    ours, muon = losses(tmp_path / "run"), losses(finished("autoencoder"))
+    assert ours[1] == muon[1] and ours[2] != muon[2]  # the same start, another first step
+    state = load_file(checkpoints(tmp_path / "run")[-1] / "training_state.safetensors")
+    assert not any(k.endswith("momentum_buffer") for k in state) and any(k.endswith("exp_avg_sq") for k in state)
+
+
+def test_a_frozen_encoder_is_saved_bit_by_bit_with_its_statistics(options, finished, tmp_path):
+    start = checkpoints(finished("autoencoder"))[-1] / "vae"
+    main([*options["autoencoder"], "--run", str(tmp_path / "run"), "--steps", "2", "--start", str(start), "--freeze-encoder"])
+    before, after = (ViewAutoencoder.from_pretrained(f) for f in (start, checkpoints(tmp_path / "run")[-1] / "vae"))
+    assert before.config.latent_mean == after.config.latent_mean and before.config.latent_std == after.config.latent_std
+    assert all(torch.equal(v, after.encoder.state_dict()[k]) for k, v in before.encoder.state_dict().items())
+    assert any(not torch.equal(v, after.decoder.state_dict()[k]) for k, v in before.decoder.state_dict().items())
+
+
+class Clock:
+    """A clock that goes on a second each time it is read."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
+
+
+def toy_run(folder: Path, budget: Budget, killed_at: int | None = None) -> int:
+    net = nn.Linear(2, 1)
+
+    def loss_of_step(step):
+        if step == killed_at:
+            raise Killed
+        return net(torch.ones(1, 2)).square().mean(), {}
+
+    return train_loop.train_loop(MasterOptimizer(net), loss_of_step, lambda folder: None, lambda step, log: None,
+                                 Options(run=folder, budget=budget, save_every=5, log_every=1))
+
+
+def test_minutes_end_a_run_also_over_several_sessions(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_loop.time, "perf_counter", Clock())
+    whole = toy_run(tmp_path / "whole", Budget(minutes=1))
+    assert 20 < whole <= 60  # each step reads the clock once or twice
+    with pytest.raises(Killed):
+        toy_run(tmp_path / "parts", Budget(minutes=1), killed_at=17)
+    kept = json.loads((checkpoints(tmp_path / "parts")[-1] / "training.json").read_text())
+    assert kept["step"] == 15 and kept["seconds"] > 15
+    assert abs(toy_run(tmp_path / "parts", Budget(minutes=1)) - whole) <= 2
+    assert checkpoints(tmp_path / "parts")[-1].name.startswith("checkpoint-")
+
+
+def test_the_earlier_of_steps_and_minutes_ends_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_loop.time, "perf_counter", Clock())
+    assert toy_run(tmp_path / "steps", Budget(steps=7, minutes=60)) == 7
+    assert toy_run(tmp_path / "minutes", Budget(steps=1000, minutes=0.2)) < 13
+
+
+def test_a_run_without_an_end_is_refused(options, tmp_path, capsys):
+    with pytest.raises(ValueError, match="steps or minutes must be given"):
+        Budget()
+    with pytest.raises(SystemExit):
+        main([*options["autoencoder"], "--run", str(tmp_path / "run")])
+    assert "--minutes" in capsys.readouterr().err
+
+
+def test_an_unfinished_checkpoint_is_none(tmp_path):
+    for name in ("checkpoint-10", "checkpoint-2", "checkpoint-writing"):
+        (tmp_path / name).mkdir()
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]

@@ -1,0 +1,82 @@
+"""The parts of the denoiser's training: noise levels, text states, cached latents and the loss."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from coser.cameras import Cameras
+from coser.data.dataset import RingBatch, list_rings
+from coser.data.render import load_ring
+from coser.models.block import MIXERS
+from coser.train_denoiser import (SHIFT, drop_mixers, encode_captions, encode_rings, flow_loss, noise_levels,
+                                  small_scheduler)
+
+
+def test_noise_levels_lie_between_nothing_and_all_shifted_towards_noise():
+    levels = noise_levels(20_000, torch.Generator().manual_seed(0))
+    assert 0 < float(levels.min()) and float(levels.max()) < 1
+    middle = SHIFT * 0.5 / (1 + (SHIFT - 1) * 0.5)  # where the shift puts the median of a logit-normal
+    assert float(levels.median()) == pytest.approx(middle, abs=0.01)
+
+
+def test_sampling_goes_from_pure_noise_to_none_on_the_same_shift():
+    scheduler = small_scheduler()
+    scheduler.set_timesteps(21)
+    assert float(scheduler.sigmas[0]) == pytest.approx(1, abs=1e-3) and float(scheduler.sigmas[-1]) == 0
+    plain = small_scheduler(shift=1.0)
+    plain.set_timesteps(21)
+    torch.testing.assert_close(scheduler.sigmas, SHIFT * plain.sigmas / (1 + (SHIFT - 1) * plain.sigmas), atol=2e-3, rtol=0)
+    torch.testing.assert_close(scheduler.timesteps.float(), scheduler.sigmas[:-1] * 1000, atol=1.01, rtol=0)
+
+
+def test_cached_text_states_are_what_the_pipeline_encodes(pipeline):
+    captions = ["a red barrel", "", "a wooden chair with four legs"]
+    ours = encode_captions(pipeline, captions).batch(captions, "cpu", torch.float32)
+    theirs = pipeline.encode_prompt(captions)
+    assert torch.equal(ours.mask, theirs.mask)
+    torch.testing.assert_close(ours.states[ours.mask], theirs.states[theirs.mask], atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(ours.pooled, theirs.pooled, atol=2e-3, rtol=1e-3)
+
+
+def test_the_flow_loss_is_zero_for_who_knows_the_noise(pipeline, monkeypatch):
+    clean = torch.randn(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    batch = RingBatch(clean, Cameras.orbit(3), ["", ""])
+    embeds = pipeline.encode_prompt(batch.captions)
+
+    def oracle(noisy, timesteps, *_, **__):
+        sigma = (timesteps / 1000)[:, None, None, None, None]
+        return (noisy - clean) / sigma  # noisy = (1 - sigma) clean + sigma noise
+
+    assert float(flow_loss(pipeline.unet, batch, embeds, torch.Generator().manual_seed(0)).detach()) > 0.1
+    monkeypatch.setattr(pipeline.unet, "forward", oracle)
+    assert float(flow_loss(pipeline.unet, batch, embeds, torch.Generator().manual_seed(0))) < 1e-6
+
+
+def test_each_mixer_is_dropped_about_as_often_as_asked():
+    generator = torch.Generator().manual_seed(0)
+    kept = [drop_mixers(MIXERS, generator, 0.1) for _ in range(1000)]
+    assert all(list(k) == [m for m in MIXERS if m in k] for k in kept)
+    for name in MIXERS:
+        assert 0.07 < sum(name not in k for k in kept) / 1000 < 0.13
+
+
+def test_latents_are_encoded_once_for_each_ring_and_autoencoder(renders, pipeline, pipeline_folder, tmp_path, capsys):
+    rings = list_rings(renders[0])
+    folder, cache = pipeline_folder / "vae", tmp_path / "latents"
+    first, elevations = encode_rings(pipeline.vae, folder, rings[:2], cache)
+    views, cameras = load_ring(rings[1].path)
+    torch.testing.assert_close(first[1], pipeline.vae.views_to_latents(views).half())
+    assert elevations[1] == pytest.approx(float(cameras.elevations[0]), abs=1e-3)
+    (cache / "writing").write_bytes(b"half a fi")  # what a killed run may leave
+    capsys.readouterr()
+    again, _ = encode_rings(pipeline.vae, folder, rings[:2], cache)
+    assert capsys.readouterr().out == "" and all(torch.equal(a, b) for a, b in zip(first, again))
+    more, _ = encode_rings(pipeline.vae, folder, rings, cache)
+    assert len(more) == 3 and torch.equal(more[0], first[0]) and len(list(cache.glob("*.safetensors"))) == 2
+    other = tmp_path / "vae"
+    other.mkdir()
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    weights["decoder.0.bias"] += 1
+    save_file(weights, other / "diffusion_pytorch_model.safetensors")
+    encode_rings(pipeline.vae, other, rings, cache)
+    assert len(list(cache.glob("*.safetensors"))) == 3
