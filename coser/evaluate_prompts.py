@@ -1,0 +1,114 @@
+"""Measures what a checkpoint draws: prompts => views => mesh, with figures a prompt and a contact sheet to look at."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+from coser.cameras import Cameras
+from coser.metrics import cross_render_psnr, render_mesh, silhouette_iou
+from coser.pipeline import CoSERPipeline, MultiviewStep
+from coser.reconstruction import Mesh, reconstruct
+from coser.views import views_to_uint8
+
+VERB = "prompts"
+SHEET_VIEWS, SHEET_TILE, LABEL_HEIGHT = 6, 128, 20
+
+
+@dataclass(frozen=True)
+class PromptScore:
+    """One prompt, drawn and reconstructed.
+
+    cross: median odd/even cross-render PSNR (dB on white). own_psnr, own_iou: the mesh of all views seen from their own
+    cameras against the views. coverage: share of the pictures that the object takes. seconds: prompt to mesh.
+    """
+
+    prompt: str
+    seconds: float
+    faces: int
+    watertight: bool
+    cross: float
+    own_psnr: float
+    own_iou: float
+    coverage: float
+
+
+def evaluate_prompts(pipeline: CoSERPipeline, prompts: Iterable[str], seed: int = 0,
+                     **arguments) -> Iterator[tuple[PromptScore, MultiviewStep, Mesh]]:
+    """Draws each prompt from the same seed (`arguments` go to the pipeline) and yields its score, views and mesh."""
+    for prompt in prompts:
+        began = time.perf_counter()
+        result = pipeline(prompt, generator=torch.Generator().manual_seed(seed), **arguments)
+        views, cameras = result.views.to("cpu"), result.cameras.to("cpu")
+        mesh = reconstruct(views, cameras)
+        seconds = time.perf_counter() - began
+        seen = render_mesh(mesh, cameras, views.views.shape[-1])
+        error = (seen.on_background() - views.on_background()).square().mean((1, 2, 3)).clamp_min(1e-10)
+        yield (PromptScore(prompt, seconds, len(mesh.faces), mesh.is_watertight, float(cross_render_psnr(views, cameras).median()),
+                           float((-10 * error.log10()).mean()), float(silhouette_iou(seen.masks, views.masks).mean()),
+                           float(views.masks.mean())), result, mesh)
+
+
+def sheet_row(result: MultiviewStep, mesh: Mesh) -> np.ndarray:
+    """Evenly spaced views, then the mesh from the front and from behind at another height: uint8 [tiles,S,S,3]."""
+    count = len(result.views)
+    views = result.views.to("cpu")[torch.arange(SHEET_VIEWS) * count // SHEET_VIEWS]
+    turned = render_mesh(mesh, Cameras.look_at_origin([45.0, 225.0], 30.0), views.views.shape[-1])
+    pictures = np.concatenate([views_to_uint8(views), views_to_uint8(turned)])
+    small = F.interpolate(torch.from_numpy(pictures).permute(0, 3, 1, 2).float(), (SHEET_TILE, SHEET_TILE), mode="area")
+    return small.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def contact_sheet(rows: list[tuple[str, np.ndarray]], columns: int = 2) -> Image.Image:
+    """Labelled rows of pictures, `columns` rows side by side."""
+    tiles = len(rows[0][1])
+    width, height = tiles * SHEET_TILE, SHEET_TILE + LABEL_HEIGHT
+    sheet = Image.new("RGB", (columns * width + (columns - 1) * 16, -(-len(rows) // columns) * height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for i, (label, pictures) in enumerate(rows):
+        x, y = i % columns * (width + 16), i // columns * height
+        draw.text((x + 4, y + 2), label, fill=(60, 60, 60), font=font)
+        sheet.paste(Image.fromarray(np.concatenate(list(pictures), axis=1)), (x, y + LABEL_HEIGHT))
+    return sheet
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, default=Path(__file__).parent / "checkpoints" / "small")
+    parser.add_argument("--prompts", type=Path, required=True, help="text file, a prompt a line")
+    parser.add_argument("--sheet", type=Path, help="where the contact sheet goes (PNG)")
+    parser.add_argument("--json", type=Path, help="file for the scores of every prompt")
+    parser.add_argument("--num-views", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run(options: argparse.Namespace) -> None:
+    pipeline = CoSERPipeline.from_pretrained(options.checkpoint, dtype=getattr(torch, options.dtype)).to(options.device)
+    prompts = [line.strip() for line in options.prompts.read_text("utf-8").splitlines() if line.strip()]
+    names = ["seconds", "faces", "watertight", "cross", "own_psnr", "own_iou", "coverage"]
+    print(f"{'prompt':28}", *(f"{n:>10}" for n in names))
+    scores, rows = [], []
+    for score, result, mesh in evaluate_prompts(pipeline, prompts, options.seed, num_views=options.num_views,
+                                                num_inference_steps=options.steps, guidance_scale=options.guidance_scale):
+        scores.append(asdict(score))
+        rows.append((score.prompt, sheet_row(result, mesh)))
+        print(f"{score.prompt[:28]:28}", *(f"{float(scores[-1][n]):10.3f}" for n in names), flush=True)
+    print(f"{'median':28}", *(f"{statistics.median(float(s[n]) for s in scores):10.3f}" for n in names))
+    print(f"{len(scores)} prompts, watertight: {sum(s['watertight'] for s in scores)}")
+    if options.sheet:
+        contact_sheet(rows).save(options.sheet, optimize=True)
+    if options.json:
+        options.json.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
