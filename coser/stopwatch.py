@@ -1,0 +1,95 @@
+"""Stopwatches for functions: seconds, floating point operations and memory of the stages of a run, without touching them."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+MATMUL_SIZE = 2048
+
+
+@dataclass
+class Stage:
+    """One stage of a run: how often it ran, its seconds, its GFLOP, and by how many MiB the process' peak grew in it."""
+
+    name: str
+    calls: int = 0
+    seconds: float = 0.0
+    gflop: float = 0.0
+    growth: float = 0.0
+
+
+def peak_memory() -> float:
+    """The process' largest resident set so far, GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Watch:
+    """Replaces functions by timed ones: `with Watch(device) as watch: watch.add(owner, name, stage)`.
+
+    counter: where given, operations are counted, too. On leaving, every owner has its own functions again.
+    """
+
+    def __init__(self, device: torch.device, counter: FlopCounterMode | None = None):
+        self.device, self.counter = device, counter
+        self.stages: dict[str, Stage] = {}
+        self.restore = contextlib.ExitStack()
+
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.restore.close()
+
+    def add(self, owner: object, name: str, stage: str) -> None:
+        plain, own = getattr(owner, name), name in vars(owner)
+        entry = self.stages.setdefault(stage, Stage(stage))
+
+        def timed(*args, **kwargs):
+            peak, flop = peak_memory(), self.counter.get_total_flops() if self.counter else 0
+            synchronize(self.device)
+            began = time.perf_counter()
+            result = plain(*args, **kwargs)
+            synchronize(self.device)
+            entry.seconds += time.perf_counter() - began
+            entry.calls += 1
+            entry.growth += (peak_memory() - peak) * 1024
+            entry.gflop += (self.counter.get_total_flops() - flop) / 1e9 if self.counter else 0.0
+            return result
+
+        setattr(owner, name, timed)
+        self.restore.callback(setattr, owner, name, plain) if own else self.restore.callback(delattr, owner, name)
+
+
+def attention_flop(query, key, value, *_, **__) -> int:
+    """Operations of CPU attention, from its shapes [B,H,L,D]: torch's own table knows the GPU's kernels alone."""
+    batch, heads, length, width = query
+    return 2 * batch * heads * length * key[2] * (width + value[3])
+
+
+def flop_counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping={
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flop})
+
+
+def matmul_rate(device: torch.device, size: int = MATMUL_SIZE, repeats: int = 5) -> float:
+    """GFLOP/s of a plain fp32 matrix product, the best of `repeats`."""
+    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats + 1):
+        synchronize(device)
+        began = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best / 1e9

@@ -1,0 +1,146 @@
+"""The benchmark: what it watches, what it counts, and that watching changes nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from drawn_pipeline import box_views
+
+from coser import benchmark, reconstruction, studio
+from coser.benchmark import BARS, Report, count_run, fresh_process, main, measure_training, table, time_app, time_run, time_start
+from coser.cameras import Cameras
+from coser.models.autoencoder import ViewAutoencoder
+from coser.request import GenerationRequest
+from coser.stopwatch import Stage, Watch, flop_counter, matmul_rate
+from coser.studio import Studio
+
+CPU = torch.device("cpu")
+REQUEST = GenerationRequest("a red box", num_views=4, num_inference_steps=4)
+
+
+@pytest.fixture
+def made(pipeline_folder, monkeypatch):
+    """A Studio around the tiny pipeline; what it finally draws is replaced by a box, so that there is a mesh."""
+    decode = ViewAutoencoder.latents_to_views
+
+    def draw_a_box(vae, latents):
+        decode(vae, latents)
+        return box_views("red", Cameras.orbit(len(latents)))
+
+    monkeypatch.setattr(ViewAutoencoder, "latents_to_views", draw_a_box)
+    return Studio(pipeline_folder, "cpu")
+
+
+def test_every_stage_is_seen_as_often_as_it_runs_and_together_they_are_the_run(made, tmp_path):
+    seconds, stages = time_run(made, REQUEST, tmp_path)
+    assert {name: stage.calls for name, stage in stages.items()} == {
+        "prompt encoding": 1, "denoising steps": 4, "solver": 4, "previews": 4, "grids": 6, "decoding": 1, "fusing": 1,
+        "simplifying": 2, "colouring": 1, "normals": 1, "GLB writing": 1, "the rest": 1}
+    assert sum(s.seconds for s in stages.values()) == pytest.approx(seconds)
+    assert all(s.seconds > 0 for s in stages.values()) and all(s.growth >= 0 for s in stages.values())
+
+
+def test_watching_changes_nothing(made, tmp_path):
+    functions = made.pipeline._predict, made.pipeline.vae.latents_to_preview, reconstruction.fuse, studio.grid, studio.save_glb
+    for _ in made.generate(REQUEST, tmp_path / "plain.glb"):
+        pass
+    time_run(made, REQUEST, tmp_path)
+    assert (tmp_path / "benchmark.glb").read_bytes() == (tmp_path / "plain.glb").read_bytes()
+    assert functions == (made.pipeline._predict, made.pipeline.vae.latents_to_preview, reconstruction.fuse, studio.grid,
+                         studio.save_glb)
+
+
+def test_a_watch_counts_calls_and_operations_and_lets_go_after_errors():
+    class Owner:
+        def product(self, a):
+            return a @ a
+
+    owner, a = Owner(), torch.randn(64, 64)
+    with pytest.raises(RuntimeError), flop_counter() as counter, Watch(CPU, counter) as watch:
+        watch.add(owner, "product", "products")
+        owner.product(a)
+        owner.product(a)
+        owner.product(torch.randn(3, 2))
+    assert watch.stages["products"].calls == 2 and watch.stages["products"].gflop == pytest.approx(2 * 2 * 64**3 / 1e9)
+    assert "product" not in vars(owner)
+
+
+def test_attention_counts_as_its_two_matrix_products():
+    query, key, value = (torch.randn(2, 3, length, 16) for length in (40, 24, 24))
+    with flop_counter() as fused:
+        F.scaled_dot_product_attention(query, key, value)
+    with flop_counter() as plain:
+        (query @ key.transpose(2, 3)).softmax(-1) @ value
+    assert fused.get_total_flops() == plain.get_total_flops() == 2 * 2 * 2 * 3 * 40 * 24 * 16
+
+
+def test_a_denoising_step_counts_as_one_guided_pass_of_the_unet(made, tmp_path):
+    pipeline, embeds = made.pipeline, made.pipeline.encode_prompt(["", REQUEST.prompt])
+    latents = torch.zeros(2, 4, 4, 16, 16, dtype=pipeline.unet.dtype)
+    with torch.no_grad(), flop_counter() as counter:
+        pipeline.unet(latents, torch.full((2,), 500.0), embeds.states, Cameras.orbit(4), pooled=embeds.pooled,
+                      attention_mask=embeds.mask)
+    assert count_run(made, REQUEST, tmp_path)["denoising steps"] == pytest.approx(counter.get_total_flops() / 1e9, rel=1e-3)
+
+
+def test_training_counts_forward_and_backward():
+    stage, figures = measure_training("tiny", CPU, torch.float32, steps=1)
+    assert stage.calls == 1 and stage.gflop > 0 and figures["training, views a second"] == pytest.approx(4 / stage.seconds)
+
+
+def test_matmul_rate_is_operations_over_seconds(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr("coser.stopwatch.time.perf_counter", lambda: next(clock))  # a second between any two looks
+    assert matmul_rate(CPU, size=100, repeats=2) == pytest.approx(2 * 100**3 / 1e9)
+
+
+def test_the_page_is_timed_until_it_answers_and_then_ended(tmp_path, monkeypatch):
+    (tmp_path / "app.py").write_text(
+        "import http.server, sys\n"
+        "open('started', 'w').write(' '.join(sys.argv[1:]))\n"
+        "http.server.HTTPServer(('127.0.0.1', int(sys.argv[4])), http.server.SimpleHTTPRequestHandler).serve_forever()\n")
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    processes = []
+    monkeypatch.setattr(benchmark, "fresh_process", lambda *a, **k: processes.append(fresh_process(*a, **k)) or processes[0])
+    assert time_app("some/checkpoint", "cpu") > 0
+    assert (tmp_path / "started").read_text().startswith("--checkpoint some/checkpoint --port ")
+    assert processes[0].poll() is not None
+    (tmp_path / "app.py").write_text("raise SystemExit(3)\n")
+    processes.clear()
+    with pytest.raises(RuntimeError, match="app.py did not answer"):
+        time_app("some/checkpoint", None)
+
+
+def test_a_studio_starts_in_a_fresh_process(pipeline_folder):
+    assert time_start(str(pipeline_folder), "cpu") > 0
+
+
+def test_the_report_shows_every_figure_against_its_bar():
+    figures = {"prompt to GLB, s": 30.0, "start to ready, s": 3.0, "peak memory, GiB": 2.0, "previews, share": 0.1}
+    report = Report({"device": "cpu"}, 100.0, figures, [Stage("denoising steps", 20, 15.0, 3000.0, 7.0), Stage("grids", 3, 0.5)])
+    lines = table(report).splitlines()
+    assert next(line for line in lines if "prompt to GLB" in line).split() == "prompt to GLB, s 30.00 <= 25 missed".split()
+    assert sum(line.endswith(" met") for line in lines) == 3
+    step = next(line for line in lines if "denoising" in line).split()
+    assert step == "denoising steps 20 15.000 50.0% 3000.0 200 2.00 7".split()
+    markdown = [line for line in table(report, markdown=True).splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in markdown[:6]}) == 1 and markdown[1].startswith("|---|")
+
+
+def test_the_command_writes_its_report_and_tells_in_its_exit_code_whether_all_bars_are_met(
+        made, pipeline_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "time_app", lambda *args: 9.0)
+    monkeypatch.setattr(benchmark, "matmul_rate", lambda device: 100.0)
+    command = ["--checkpoint", str(pipeline_folder), "--device", "cpu", "--num-views", "4", "--steps", "2", "--runs", "1",
+               "--json", str(tmp_path / "report.json")]
+    monkeypatch.setattr(benchmark, "BARS", dict.fromkeys(BARS, 1e9))
+    monkeypatch.setattr(benchmark, "time_start", lambda *args: 5.0)
+    assert main(command) == 0 and "met" in capsys.readouterr().out
+    report = json.loads(Path(tmp_path / "report.json").read_text())
+    assert report["matmul"] > 0 and set(BARS) <= set(report["figures"])
+    assert next(s for s in report["stages"] if s["name"] == "denoising steps")["gflop"] > 0
+    monkeypatch.setattr(benchmark, "BARS", dict.fromkeys(BARS, 0.0))
+    assert main(command) == 1 and "missed" in capsys.readouterr().out
