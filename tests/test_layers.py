@@ -1,6 +1,8 @@
 """Arrows between modules point one way: app, studio, then pipeline and reconstruction, then models, then leaves."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -43,3 +45,12 @@ def test_pipeline_and_reconstruction_do_not_know_each_other():
     reconstruction = (ROOT / "coser" / "reconstruction").glob("*.py")
     assert offenders(reconstruction, ("coser.pipeline", "coser.models")) == []
     assert offenders([ROOT / "coser" / "pipeline.py"], ("coser.reconstruction",)) == []
+
+
+def test_importing_every_module_says_nothing_and_asks_no_network():
+    script = ("import socket; socket.socket.connect = socket.socket.connect_ex = lambda *a: 1 / 0\n"
+              "import coser, importlib, pkgutil, sys\n"
+              "assert 'torch' not in sys.modules\n"
+              "for module in pkgutil.walk_packages(coser.__path__, 'coser.'): importlib.import_module(module.name)")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
