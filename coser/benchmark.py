@@ -1,8 +1,8 @@
 """Measures the product's speed and memory, stage by stage: python -m coser.benchmark.
 
-The seconds are those of one real run through the Studio, in which the functions that make up the stages are watched; the
-stages' floating point operations are counted afterwards, outside the timing. Operations of custom kernels (the Triton scan
-on CUDA) are not seen by the counter; everything that the CPU runs is.
+The seconds are those of one real run through the Studio, in which the functions that make up the stages are watched;
+the stages' floating point operations are counted afterwards, outside the timing. Matrix products, convolutions and
+attention count; the Triton scan on CUDA is a custom kernel, which the counter does not see.
 """
 
 from __future__ import annotations
@@ -158,11 +158,12 @@ def measure(checkpoint: str, device: str | None, num_views: int, steps: int, run
 
 def machine(made: Studio) -> dict[str, str | int]:
     return {"device": torch.cuda.get_device_name(made.device) if made.device.type == "cuda" else str(made.device),
-            "threads": torch.get_num_threads(), "dtype": str(made.dtype).removeprefix("torch."), "torch": torch.__version__,
-            "checkpoint": Path(made.checkpoint).name}
+            "threads": torch.get_num_threads(), "dtype": str(made.dtype).removeprefix("torch."),
+            "torch": torch.__version__, "checkpoint": Path(made.checkpoint).name}
 
 
-def measure_training(preset: str, device: torch.device, dtype: torch.dtype, steps: int = 5) -> tuple[Stage, dict[str, float]]:
+def measure_training(preset: str, device: torch.device, dtype: torch.dtype,
+                     steps: int = 5) -> tuple[Stage, dict[str, float]]:
     """The denoiser's training step on random latents of 12-view rings: its stage, and views and GFLOP a second.
 
     A step is what coser.train_denoiser does: loss, gradients, optimiser; batches are made beforehand.
@@ -208,10 +209,10 @@ def table(report: Report, markdown: bool = False) -> str:
     whole = report.figures["prompt to GLB, s"]
     for stage in report.stages:
         rate = stage.gflop / max(stage.seconds, 1e-9)
-        inside = stage.name != "training step"
-        computed = [f"{stage.gflop:.1f}", f"{rate:.0f}", f"{rate / report.matmul:.2f}"] if stage.gflop > 0.05 else ["-"] * 3
-        rows.append([stage.name, str(stage.calls), f"{stage.seconds:.3f}", f"{stage.seconds / whole:.1%}" if inside else "-",
-                     *computed, f"{stage.growth:.0f}"])
+        share = f"{stage.seconds / whole:.1%}" if stage.name != "training step" else "-"
+        computed = [f"{stage.gflop:.1f}", f"{rate:.0f}", f"{rate / report.matmul:.2f}"]
+        rows.append([stage.name, str(stage.calls), f"{stage.seconds:.3f}", share,
+                     *(computed if stage.gflop > 0.05 else ["-"] * 3), f"{stage.growth:.0f}"])
     return "\n".join(lines + aligned(rows, markdown))
 
 

@@ -1,7 +1,8 @@
-"""The optimiser of all trainings: fp32 master weights, Muon for matrices, AdamW for the rest, and an average of the weights.
+"""The optimiser of all trainings: fp32 masters, Muon for matrices, AdamW for the rest, and an average of the weights.
 
-The model computes in its own dtype (bf16 on machines that are quick in it); gradients move fp32 masters, which are copied
-back. Convolution kernels are matrices here, [out, in*k*k]. Its whole state is a flat dict of tensors: safetensors, no pickle.
+The model computes in its own dtype (bf16 on machines that are quick in it); gradients move fp32 masters, which are
+copied back. Convolution kernels are matrices here, [out, in*k*k]. Its whole state is a flat dict of tensors:
+safetensors, no pickle.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class MasterOptimizer:
         self.ema = [m.clone() for m in self.masters]
         muon = [m for m, matrix in zip(self.masters, is_matrix) if matrix and use_muon]
         rest = [m for m, matrix in zip(self.masters, is_matrix) if not (matrix and use_muon)]
-        self.optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)] if rest else []
+        self.optimizers = []
+        if rest:
+            self.optimizers.append(torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True))
         if muon:
             self.optimizers.append(torch.optim.Muon(muon, lr=lr, weight_decay=weight_decay, momentum=0.95,
                                                     adjust_lr_fn="match_rms_adamw"))
@@ -119,7 +122,7 @@ class MasterOptimizer:
 
 
 def schedule(progress: float, step: int, warmup: int = 100, decay_from: float = 0.6, floor: float = 0.02) -> float:
-    """Learning-rate factor: linear warm-up over `warmup` steps, flat, then linear from `decay_from` of the run to `floor`."""
+    """Learning-rate factor: linear warm-up over `warmup` steps, flat, linear from `decay_from` of the run to `floor`."""
     warm = min(1.0, (step + 1) / warmup)
     fall = 1.0 if progress <= decay_from else 1 - (1 - floor) * min(1.0, (progress - decay_from) / (1 - decay_from))
     return warm * fall

@@ -26,8 +26,9 @@ ELEVATIONS = (0.0, 30.0)  # degrees, as trained
 class MultiviewStep:
     """One moment of a run.
 
-    index of total: denoising steps done. views: what `denoised` looks like now, a preview at reduced size until the last
-    step. latents [N,C,h,w]: the noisy state after this step. denoised [N,C,h,w]: the estimate of the clean latents.
+    index of total: denoising steps done. views: what `denoised` looks like now, a preview at a quarter of the side
+    until the last step. latents [N,C,h,w]: the noisy state after this step. denoised [N,C,h,w]: the estimate of the
+    clean latents.
     """
 
     index: int
@@ -40,7 +41,7 @@ class MultiviewStep:
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """Encoded text of a batch: token states [B,L,D], mask [B,L] (None: all tokens count), pooled [B,D] (None: unused)."""
+    """Encoded text of a batch: token states [B,L,D], mask [B,L] (None: all tokens), pooled [B,D] (None: unused)."""
 
     states: Tensor
     mask: Tensor | None
@@ -50,13 +51,14 @@ class PromptEmbeds:
 class CoSERPipeline(DiffusionPipeline):
     """Text to multi-view diffusion (CoSER, section 3), in diffusers' form.
 
-    vae: views <-> latents. text_encoder, tokenizer: prompt -> token states. unet: the multi-view denoiser. scheduler: any
-    of diffusers' whose prediction type is the one that the UNet was trained for.
+    vae: views <-> latents. text_encoder, tokenizer: prompt -> token states. unet: the multi-view denoiser. scheduler:
+    any of diffusers' whose prediction type is the one that the UNet was trained for.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
 
-    def __init__(self, vae: ViewAutoencoder, text_encoder: SentenceTextEncoder, tokenizer, unet: MultiviewUNet, scheduler):
+    def __init__(self, vae: ViewAutoencoder, text_encoder: SentenceTextEncoder, tokenizer, unet: MultiviewUNet,
+                 scheduler):
         super().__init__()
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
 
@@ -75,7 +77,8 @@ class CoSERPipeline(DiffusionPipeline):
         """Normalised latents [N,C,h,w] => N views, at full size or (preview) at a quarter of the side, much quicker."""
         return self.vae.latents_to_preview(latents) if preview else self.vae.latents_to_views(latents)
 
-    def prepare_latents(self, num_views: int, generator: torch.Generator | None = None, latents: Tensor | None = None) -> Tensor:
+    def prepare_latents(self, num_views: int, generator: torch.Generator | None = None,
+                        latents: Tensor | None = None) -> Tensor:
         """The starting noise [N,C,h,w] in float32, from `generator` or as given."""
         size = self.unet.unet2d.config.sample_size
         shape = (num_views, self.unet.unet2d.config.in_channels, size, size)
@@ -94,7 +97,8 @@ class CoSERPipeline(DiffusionPipeline):
 
         prompt: one sentence. num_views: 4..24. elevation: degrees, 0..30. guidance_scale: >= 1, 1 = no guidance.
         num_inference_steps: >= 1. negative_prompt: what to move away from. generator: source of the starting noise.
-        latents [N,C,h,w]: starting noise instead. mixers: the active subset of the UNet's. Raises ValueError for anything else.
+        latents [N,C,h,w]: starting noise instead. mixers: the active subset of the UNet's. Raises ValueError, when first
+        read, for anything else.
         """
         check_arguments(prompt, num_views, elevation, guidance_scale, num_inference_steps, negative_prompt)
         guided = guidance_scale > 1
@@ -136,12 +140,13 @@ class CoSERPipeline(DiffusionPipeline):
 
     def _denoised(self, prediction: Tensor, latents: Tensor, timestep: Tensor, index: int) -> Tensor:
         """The estimate of the clean latents that a prediction stands for."""
-        kind = self.scheduler.config.prediction_type if "prediction_type" in self.scheduler.config else "flow_prediction"
+        kind = self.scheduler.config.get("prediction_type", "flow_prediction")
         if kind == "flow_prediction":  # latents = (1 - sigma) clean + sigma noise, prediction = noise - clean
             return latents - self.scheduler.sigmas[index].to(latents.device) * prediction
         if kind == "sample":
             return prediction
-        scaled = self._scaled(latents, timestep)  # = sqrt(alpha) clean + sqrt(1 - alpha) noise, whatever the scheduler keeps
+        # whatever the scheduler keeps, scaled = sqrt(alpha) clean + sqrt(1 - alpha) noise
+        scaled = self._scaled(latents, timestep)
         if hasattr(self.scheduler, "sigmas"):  # of noise against signal, also between the trained timesteps
             alpha = 1 / (1 + self.scheduler.sigmas[index].to(latents.device).square())
         else:
@@ -157,9 +162,11 @@ def check_arguments(prompt: str, num_views: int, elevation: float, guidance_scal
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         if not isinstance(text, str):
             raise ValueError(f"{name} must be a string, got {text!r}")
-    for name, value, low, high in (("num_views", num_views, *NUM_VIEWS), ("num_inference_steps", num_inference_steps, 1, 1000)):
+    whole = (("num_views", num_views, *NUM_VIEWS), ("num_inference_steps", num_inference_steps, 1, 1000))
+    for name, value, low, high in whole:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
-    for name, value, low, high in (("elevation", elevation, *ELEVATIONS), ("guidance_scale", guidance_scale, 1.0, 100.0)):
+    numbers = (("elevation", elevation, *ELEVATIONS), ("guidance_scale", guidance_scale, 1.0, 100.0))
+    for name, value, low, high in numbers:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             raise ValueError(f"{name} must be a number from {low} to {high}, got {value!r}")

@@ -1,4 +1,4 @@
-"""Stopwatches for functions: seconds, floating point operations and memory of the stages of a run, without touching them."""
+"""Stopwatches for functions: seconds, floating point operations and memory of a run's stages, watched from outside."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MATMUL_SIZE = 2048
 
 @dataclass
 class Stage:
-    """One stage of a run: how often it ran, its seconds, its GFLOP, and by how many MiB the process' peak grew in it."""
+    """One stage of a run: how often it ran, its seconds and GFLOP, and by how many MiB the process' peak grew in it."""
 
     name: str
     calls: int = 0

@@ -1,8 +1,9 @@
 """Train the small model: `python -m coser.train autoencoder|denoiser --preset small --renders RENDERS --run NAME`.
 
-A run lives in `runs/<name>/`: `log.jsonl`, sample pictures, and `checkpoint-<step>/`, each a loadable pipeline folder (for
-the autoencoder: its own folder) plus the training state. Starting the same command again resumes from the last checkpoint
-and ends where an uninterrupted run would have ended, because every step draws its randomness from (seed, step).
+A run lives in `runs/<name>/`: `log.jsonl`, sample pictures, and `checkpoint-<step>/`, each a loadable pipeline folder
+(for the autoencoder: its own folder, `vae`) plus the training state. Starting the same command again resumes from the
+last checkpoint and ends where an uninterrupted run would have ended, because every step draws its randomness from
+(seed, step).
 """
 
 from __future__ import annotations

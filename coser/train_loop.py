@@ -1,4 +1,4 @@
-"""The loop of all trainings: a budget that ends a run, a log, whole checkpoints only, and going on from the last one."""
+"""The loop of all trainings: a budget that ends a run, a log, whole checkpoints, and going on from the last one."""
 
 from __future__ import annotations
 

@@ -91,7 +91,8 @@ def test_the_loss_is_zero_for_the_truth_alone_and_looks_at_every_channel(views):
 
 
 def test_figures_tell_a_known_error(views):
-    shifted = ViewSet((views.views + 0.1 * (views.masks > 0.5)), views.masks, torch.where(views.depths > 0, views.depths + 0.02, 0.0))
+    further = torch.where(views.depths > 0, views.depths + 0.02, 0.0)
+    shifted = ViewSet(views.views + 0.1 * (views.masks > 0.5), views.masks, further)
     figures = autoencoder_figures(shifted, views)
     assert figures["psnr"] == pytest.approx(20.0, abs=0.01) and figures["alpha_iou"] == 1.0
     assert figures["depth_error"] == pytest.approx(0.02, abs=1e-4)

@@ -15,13 +15,14 @@ PROMPT = "a red barrel"
 def draw(pipeline, seed=0, num_views=4, num_inference_steps=2, **arguments):
     """The last step of a short run."""
     generator = torch.Generator().manual_seed(seed)
-    return pipeline(PROMPT, num_views=num_views, num_inference_steps=num_inference_steps, generator=generator, **arguments)
+    return pipeline(PROMPT, num_views=num_views, num_inference_steps=num_inference_steps, generator=generator,
+                    **arguments)
 
 
 def steps(pipeline, seed=0, num_views=4, num_inference_steps=4, **arguments):
     generator = torch.Generator().manual_seed(seed)
-    return list(pipeline.stream(PROMPT, num_views=num_views, num_inference_steps=num_inference_steps, generator=generator,
-                                **arguments))
+    return list(pipeline.stream(PROMPT, num_views=num_views, num_inference_steps=num_inference_steps,
+                                generator=generator, **arguments))
 
 
 @pytest.fixture
@@ -102,7 +103,12 @@ def test_guidance_goes_from_the_text_free_prediction_through_the_prompted_one(pi
 def test_without_guidance_the_text_free_half_is_left_out(pipeline, monkeypatch, guidance_scale, batch):
     seen = []
     forward = pipeline.unet.forward
-    monkeypatch.setattr(pipeline.unet, "forward", lambda latents, *a, **k: (seen.append(len(latents)), forward(latents, *a, **k))[1])
+
+    def watched(latents, *arguments, **options):
+        seen.append(len(latents))
+        return forward(latents, *arguments, **options)
+
+    monkeypatch.setattr(pipeline.unet, "forward", watched)
     draw(pipeline, guidance_scale=guidance_scale)
     assert seen == [batch, batch]
 
@@ -172,7 +178,7 @@ def test_a_pipeline_saved_in_half_precision_loads_in_what_is_asked(pipeline_fold
     loaded = CoSERPipeline.from_pretrained(pipeline_folder, dtype=torch.bfloat16)
     assert {loaded.vae.dtype, loaded.unet.dtype, loaded.text_encoder.dtype} == {torch.bfloat16}
     step = draw(loaded)
-    assert step.latents.dtype == torch.float32 and step.views.views.dtype == torch.float32  # the solver's state stays exact
+    assert step.latents.dtype == step.views.views.dtype == torch.float32  # the solver's state stays exact
 
 
 def test_another_order_of_the_solver_draws_something_else_from_the_same_noise(pipeline, swapped):
@@ -195,8 +201,8 @@ def test_flow_matching_euler_walks_straight_towards_what_is_denoised(swapped):
 @pytest.mark.parametrize("make", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, DDPMScheduler])
 def test_denoised_is_the_clean_signal_when_the_prediction_is_right(swapped, make, prediction_type, monkeypatch):
     options = dict(clip_sample=False) if make in (DDIMScheduler, DDPMScheduler) else {}
-    pipeline = swapped(make(prediction_type=prediction_type, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-                            **options))
+    pipeline = swapped(make(prediction_type=prediction_type, beta_schedule="scaled_linear", beta_start=0.00085,
+                            beta_end=0.012, **options))
     scheduler, clean = pipeline.scheduler, torch.full((4, 4, 16, 16), 0.7)
     alphas = scheduler.alphas_cumprod
 
@@ -214,6 +220,7 @@ def test_denoised_is_the_clean_signal_when_the_prediction_is_right(swapped, make
 
 
 def test_a_stochastic_scheduler_draws_from_the_generator(pipeline, swapped):
-    stochastic = swapped(DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, algorithm_type="sde-dpmsolver++"))
+    config = pipeline.scheduler.config
+    stochastic = swapped(DPMSolverMultistepScheduler.from_config(config, algorithm_type="sde-dpmsolver++"))
     runs = [draw(stochastic, seed, num_inference_steps=4).latents for seed in (0, 0, 1)]
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])

@@ -171,7 +171,8 @@ def test_adamw_alone_trains_otherwise_than_muon(options, finished, tmp_path):
 
 def test_a_frozen_encoder_is_saved_bit_by_bit_with_its_statistics(options, finished, tmp_path):
     start = checkpoints(finished("autoencoder"))[-1] / "vae"
-    main([*options["autoencoder"], "--run", str(tmp_path / "run"), "--steps", "2", "--start", str(start), "--freeze-encoder"])
+    main([*options["autoencoder"], "--run", str(tmp_path / "run"), "--steps", "2", "--start", str(start),
+          "--freeze-encoder"])
     before, after = (ViewAutoencoder.from_pretrained(f) for f in (start, checkpoints(tmp_path / "run")[-1] / "vae"))
     assert before.config.latent_mean == after.config.latent_mean and before.config.latent_std == after.config.latent_std
     assert all(torch.equal(v, after.encoder.state_dict()[k]) for k, v in before.encoder.state_dict().items())

@@ -25,7 +25,8 @@ def test_sampling_goes_from_pure_noise_to_none_on_the_same_shift():
     assert float(scheduler.sigmas[0]) == pytest.approx(1, abs=1e-3) and float(scheduler.sigmas[-1]) == 0
     plain = small_scheduler(shift=1.0)
     plain.set_timesteps(21)
-    torch.testing.assert_close(scheduler.sigmas, SHIFT * plain.sigmas / (1 + (SHIFT - 1) * plain.sigmas), atol=2e-3, rtol=0)
+    shifted = SHIFT * plain.sigmas / (1 + (SHIFT - 1) * plain.sigmas)
+    torch.testing.assert_close(scheduler.sigmas, shifted, atol=2e-3, rtol=0)
     torch.testing.assert_close(scheduler.timesteps.float(), scheduler.sigmas[:-1] * 1000, atol=1.01, rtol=0)
 
 

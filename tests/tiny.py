@@ -52,7 +52,8 @@ def write_packed_assets(folder: Path) -> Path:
                    f"{name}_c": (colors.numpy() * 255).round().astype(np.uint8)}
         kind = "rubber ball" if name == "ball" else "cube"
         rows.append({"id": name, "shard": "meshes.npz", "split": "val" if name == "held" else "train", "object": kind,
-                     "captions": [f"a red {kind}", f"a {kind}"], "colors": ["red"], "quality": 0 if name == "cube-b" else 2})
+                     "captions": [f"a red {kind}", f"a {kind}"], "colors": ["red"],
+                     "quality": 0 if name == "cube-b" else 2})
     np.savez(folder / "meshes.npz", **arrays)
     (folder / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

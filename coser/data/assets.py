@@ -60,13 +60,15 @@ def list_assets(folder: str | Path, split: str | None = None, min_quality: int =
         assets = [found[key] for key in sorted(found)]
     assets = [a for a in assets if (split is None or a.split == split) and a.quality >= min_quality]
     counts = Counter(last_word(a) for a in assets)
-    assets = [a for a in assets if counts[last_word(a)] >= min_object_count and (words is None or last_word(a) in words)]
+    assets = [a for a in assets if counts[last_word(a)] >= min_object_count
+              and (words is None or last_word(a) in words)]
     if limit is not None:
         order = np.random.default_rng(0).permutation(len(assets))
         assets = [assets[i] for i in sorted(order[:limit])]
     if not assets:
         raise ValueError(f"no assets found in {folder} (split={split!r}, min_quality={min_quality}, "
-                         f"min_object_count={min_object_count}); expected index.jsonl or {', '.join(LOOSE_SUFFIXES)} files")
+                         f"min_object_count={min_object_count}); expected index.jsonl or {', '.join(LOOSE_SUFFIXES)} "
+                         "files")
     return assets
 
 
@@ -76,7 +78,8 @@ def last_word(asset: Asset) -> str:
 
 
 def _packed_asset(folder: Path, row: dict) -> Asset:
-    return Asset(id=row["id"], path=folder / row["shard"], split=row.get("split", "train"), object=row.get("object", ""),
+    return Asset(id=row["id"], path=folder / row["shard"], split=row.get("split", "train"),
+                 object=row.get("object", ""),
                  captions=tuple(row.get("captions", ())) or (row.get("object", row["id"]),),
                  colors=tuple(row.get("colors", ())), quality=row.get("quality", 2),
                  front_known=row.get("front_known", True))

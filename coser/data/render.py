@@ -1,7 +1,8 @@
 """Render every asset of a folder into rings of posed views: `python -m coser.data.render ASSETS RENDERS`.
 
-One safetensors file a ring, `<asset id>-<ring>.safetensors`: rgba uint8 [N,4,S,S] (colour premultiplied), depths float16
-[N,1,S,S], azimuths and elevations float32 [N] in degrees. `index.jsonl` beside them repeats what is known of each asset.
+One safetensors file a ring, `<asset id>-<ring>.safetensors`: rgba uint8 [N,4,S,S] (colour premultiplied), depths
+float16 [N,1,S,S], azimuths and elevations float32 [N] in degrees. `index.jsonl` beside them repeats what is known of
+each asset.
 Files that exist are kept, so an interrupted run goes on where it stopped.
 """
 
@@ -29,8 +30,9 @@ from coser.views import ViewSet
 ELEVATIONS = (0.0, 5.0, 10.0, 15.0, 25.0, 30.0)  # few, so that a training batch finds rings that share one
 
 
-def render_ring(asset: Asset, ring: int, num_views: int = 24, size: int = 256, device: str = "cpu") -> tuple[ViewSet, Cameras]:
-    """Ring 0 sees the asset at the default elevation, every further one at one of ELEVATIONS at random; all from azimuth 0."""
+def render_ring(asset: Asset, ring: int, num_views: int = 24, size: int = 256,
+                device: str = "cpu") -> tuple[ViewSet, Cameras]:
+    """Ring 0 sees the asset at the default elevation, the others at a random one of ELEVATIONS; all from the front."""
     draw = zlib.crc32(f"{asset.id}-{ring}".encode())
     elevation = ELEVATION if ring == 0 else ELEVATIONS[draw % len(ELEVATIONS)]
     cameras = Cameras.orbit(num_views, elevation)
@@ -42,8 +44,9 @@ def save_ring(path: Path, views: ViewSet, cameras: Cameras) -> None:
     """Writes to a temporary name first: a killed run leaves no half file."""
     rgba = (torch.cat([views.views, views.masks], 1).clamp(0, 1) * 255).round().to(torch.uint8)
     temporary = path.with_suffix(f".tmp{os.getpid()}")
-    save_file({"rgba": rgba.cpu().contiguous(), "depths": views.depths.half().cpu().contiguous(),
-               "azimuths": cameras.azimuths.cpu().contiguous(), "elevations": cameras.elevations.cpu().contiguous()}, temporary)
+    tensors = {"rgba": rgba, "depths": views.depths.half(), "azimuths": cameras.azimuths,
+               "elevations": cameras.elevations}
+    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary)
     temporary.replace(path)
 
 
@@ -74,9 +77,11 @@ def render_assets(assets: list[Asset], output: Path, rings: int = 1, num_views: 
     known |= {a.id: {k: v for k, v in asdict(a).items() if k not in ("path", "packed")} for a in assets}
     (output / "index.tmp").write_text("".join(json.dumps(row) + "\n" for row in known.values()))
     (output / "index.tmp").replace(output / "index.jsonl")  # a reader never sees half of it
-    jobs = [(a, ring, output / f"{a.id}-{ring}.safetensors", num_views, size, device) for ring in range(rings) for a in assets]
+    jobs = [(a, ring, output / f"{a.id}-{ring}.safetensors", num_views, size, device)
+            for ring in range(rings) for a in assets]
     # in an order that has nothing to do with the packs: an unfinished folder is a fair sample
-    jobs = sorted((job for job in jobs if not job[2].is_file()), key=lambda job: (job[1], zlib.crc32(job[0].id.encode())))
+    jobs = [job for job in jobs if not job[2].is_file()]
+    jobs.sort(key=lambda job: (job[1], zlib.crc32(job[0].id.encode())))
     if device != "cpu" or workers <= 1:
         _report(map(_render_one, jobs), len(jobs), num_views)
     else:
@@ -110,7 +115,8 @@ def main(arguments: list[str] | None = None) -> None:
     assets = list_assets(options.assets, options.split, options.min_quality, options.min_object_count,
                          options.words, options.limit)
     print(f"{len(assets)} assets, {options.rings} rings of {options.num_views} views each")
-    render_assets(assets, options.output, options.rings, options.num_views, options.size, options.device, options.workers)
+    render_assets(assets, options.output, options.rings, options.num_views, options.size, options.device,
+                  options.workers)
 
 
 if __name__ == "__main__":

