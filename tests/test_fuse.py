@@ -118,6 +118,14 @@ def test_views_that_disagree_a_little_still_make_the_object():
     assert mesh.volume == pytest.approx(1.0, rel=0.1)  # the hole of one view does not go through
 
 
+def test_an_empty_view_does_not_carve_the_others_away():
+    views = render(*cube(0.5), RING, SIZE)
+    for part in (views.views, views.masks, views.depths):
+        part[3] = 0
+    mesh = reconstruct(views, RING, resolution=64)
+    assert mesh.is_watertight and mesh.volume == pytest.approx(1.0, rel=0.05)
+
+
 @pytest.mark.parametrize("num_views", [1, 4, 24])
 def test_any_number_of_views_makes_a_closed_mesh(num_views):
     mesh = rebuilt(cube(0.5), Cameras.orbit(num_views), size=64)

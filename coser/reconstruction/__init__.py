@@ -13,7 +13,7 @@ from coser.views import ViewSet
 __all__ = ["Mesh", "reconstruct", "save_glb"]
 
 SPECK = 4.0  # voxels; parts that span less are noise
-TOLERANCE = 2.5  # voxels; how far a view's depth may lie from the surface for its colour to count
+TOLERANCE = 1.5  # voxels; how far a view's depth usually lies from the surface
 
 
 def reconstruct(views: ViewSet, cameras: Cameras, *, resolution: int = 128, max_faces: int = 20_000) -> Mesh:
@@ -33,6 +33,10 @@ def reconstruct(views: ViewSet, cameras: Cameras, *, resolution: int = 128, max_
     if not 8 <= resolution <= 512:
         raise ValueError(f"resolution must lie between 8 and 512, got {resolution}")
     views, cameras = views.to(dtype=cameras.camera_to_world.dtype), cameras.to(views.views.device)
+    shown = ((views.masks >= 0.5) & (views.depths > 0)).flatten(1).any(1)
+    if not shown.any():
+        raise ValueError("views show nothing: no pixel has a mask of at least 0.5 and a depth")
+    views, cameras = views[shown], cameras[shown]  # an empty view has failed: it would carve everything away
     vertices, faces, voxel = fuse(views, cameras, resolution)
     mesh = simplify(keep_parts(Mesh(vertices, faces), SPECK * voxel), max_faces)
     return with_normals(replace(mesh, vertex_colors=color_vertices(mesh, views, cameras, TOLERANCE * voxel)))

@@ -24,8 +24,8 @@ STIFFNESS = 0.05  # how strongly a vertex is held to the mean of its neighbours,
 def color_vertices(mesh: Mesh, views: ViewSet, cameras: Cameras, tolerance: float) -> np.ndarray:
     """Mesh => colours [V,3] float32 in [0,1] that, interpolated over the faces, agree best with the views.
 
-    tolerance: how far (world units) a view's depth may lie from the mesh for the view to see it. Colours that several
-    samples ask of a vertex are settled by least squares; vertices without a sample take the colour of the nearest
+    tolerance: how far (world units) a view's depth usually lies from the mesh where it sees it; views further off count
+    less, and from three times as far not at all. Colours that several samples ask of a vertex are settled by least squares; vertices without a sample take the colour of the nearest
     coloured vertex along the surface.
     """
     device = views.views.device
@@ -50,8 +50,9 @@ def sample_colors(points: Tensor, normals: Tensor, views: ViewSet, cameras: Came
     seen = F.grid_sample(views.depths, grid, mode="nearest", align_corners=False)[:, 0, 0]
     to_camera = F.normalize(cameras.centers[:, None] - points, dim=-1)
     cosine = (to_camera * normals).sum(-1)
-    visible = (picture[:, 3] > 0.9) & (cosine > MIN_COS) & ((seen - depth).abs() * cosine < tolerance)
-    weight = torch.where(visible, cosine.clamp_min(0) ** SQUARENESS, 0.0)
+    off = (seen - depth).abs() * cosine / tolerance
+    visible = (picture[:, 3] > 0.9) & (cosine > MIN_COS) & (off < 3)
+    weight = torch.where(visible, cosine.clamp_min(0) ** SQUARENESS * torch.exp(-off.square()), 0.0)
     color = picture[:, :3] / picture[:, 3:].clamp_min(1e-3)
     total = weight.sum(0)
     return ((weight[:, None] * color).sum(0) / total.clamp_min(1e-9)).T, total

@@ -34,7 +34,7 @@ def fuse(views: ViewSet, cameras: Cameras, resolution: int = 128) -> tuple[np.nd
     """Views and their cameras => vertices [V,3] float32, faces [F,3] int64 (outward by the right hand) and the voxel's side.
 
     resolution: the grid spends at most resolution^3 voxels on the object's box, none much finer than a pixel.
-    The surface is closed. Raises ValueError when the views show nothing.
+    The surface is closed. Every view must show something. Raises ValueError when no two agree on a surface.
     """
     maps = view_maps(views, cameras)
     seen = _seen_points(views, cameras)
@@ -107,10 +107,7 @@ def _seen_from_both_sides(index: Tensor, weight: Tensor, normals: Tensor) -> Ten
 def _seen_points(views: ViewSet, cameras: Cameras) -> Tensor:
     n, _, size, _ = views.views.shape
     points = cameras.unproject(pixel_centers(size, views.views.device), views.depths.reshape(n, -1))
-    points = points[((views.masks >= 0.5) & (views.depths > 0)).reshape(n, -1)]
-    if not len(points):
-        raise ValueError("views show nothing: no pixel has a mask of at least 0.5 and a depth")
-    return points
+    return points[((views.masks >= 0.5) & (views.depths > 0)).reshape(n, -1)]
 
 
 def _bounds(points: Tensor) -> tuple[Tensor, Tensor]:
