@@ -56,6 +56,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--autoencoder", type=Path, required=True, help="trained autoencoder's folder (.../vae)")
     parser.add_argument("--views-per-batch", type=int, help="views a step, else the preset's")
     parser.add_argument("--view-counts", type=int, nargs="+", help="ring sizes drawn in training, else the preset's")
+    parser.add_argument("--min-kind-count", type=int, default=1, help="only kinds of objects with so many assets")
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
 
 
@@ -163,7 +164,8 @@ def run(options: argparse.Namespace, loop: Options) -> None:
     pipeline = CoSERPipeline(vae=vae, text_encoder=SentenceTextEncoder(), tokenizer=load_tokenizer(), unet=unet,
                              scheduler=small_scheduler()).to(options.device)
     pipeline.set_progress_bar_config(disable=True)
-    rings, held_out = list_rings(options.renders, options.limit), list_rings(options.held_out)[:48]
+    rings = list_rings(options.renders, options.limit, options.min_kind_count)
+    held_out = list_rings(options.held_out)[:48]
     cache = options.renders / "latents"
     latents, elevations = encode_rings(vae, options.autoencoder, rings, cache)
     if options.data_on_device:

@@ -6,6 +6,7 @@ Batches are functions of (seed, step) alone: a resumed run draws what the uninte
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,8 +49,18 @@ class Ring:
         return self.captions[0], f"{article} {self.colors[0]} {self.object}"
 
 
-def list_rings(renders: str | Path, limit: int | None = None) -> list[Ring]:
-    """The ring files of a folder written by coser.data.render, sorted by name. Raises ValueError when there are none."""
+    @property
+    def kind(self) -> str:
+        """The last word of the object: "oak tree" -> "tree"."""
+        return (self.object.split() or [""])[-1].lower()
+
+
+def list_rings(renders: str | Path, limit: int | None = None, min_kind_count: int = 1) -> list[Ring]:
+    """The ring files of a folder written by coser.data.render, sorted by name.
+
+    limit: the first so many. min_kind_count: only those whose kind has at least so many assets. Raises ValueError when
+    there are none.
+    """
     renders = Path(renders)
     index = renders / "index.jsonl"
     if not index.is_file():
@@ -60,8 +71,10 @@ def list_rings(renders: str | Path, limit: int | None = None) -> list[Ring]:
         asset_id = path.stem.rsplit("-", 1)[0]
         row = known[asset_id]
         rings.append(Ring(path, asset_id, row["object"], tuple(row["captions"]), tuple(row["colors"])))
+    assets = Counter(kind for kind, _ in {(r.kind, r.asset_id) for r in rings})
+    rings = [r for r in rings if assets[r.kind] >= min_kind_count]
     if not rings:
-        raise ValueError(f"{renders} holds no rendered rings yet")
+        raise ValueError(f"{renders} holds no rendered rings of kinds with at least {min_kind_count} assets yet")
     return rings[:limit]
 
 
@@ -143,6 +156,8 @@ class LatentRings:
         for i, elevation in enumerate(elevations):
             self.groups.setdefault(round(elevation, 3), []).append(i)
         self.rings, self.latents, self.seed = rings, latents, seed
+        counts = Counter(r.kind for r in rings)
+        self.weights = torch.tensor([counts[r.kind] ** -0.5 for r in rings])  # a hundred trees must not hide five hearts
         self.view_counts, self.views_per_batch, self.drop_text = view_counts, views_per_batch, drop_text
         self.ring_length = len(latents[0])
         bad = [n for n in view_counts if self.ring_length % n]
@@ -160,7 +175,9 @@ class LatentRings:
         num_views = self.view_counts[draw(len(self.view_counts))]
         stride = self.ring_length // num_views
         start = draw(stride)
-        picks = [members[draw(len(members))] for _ in range(max(1, self.views_per_batch // num_views))]
+        samples = max(1, self.views_per_batch // num_views)
+        drawn = torch.multinomial(self.weights[members], samples, replacement=True, generator=generator)
+        picks = [members[i] for i in drawn.tolist()]
         latents = torch.stack([self.latents[i][start::stride] for i in picks]).float()
         captions = []
         for i in picks:
