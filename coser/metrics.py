@@ -19,7 +19,7 @@ def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
 
 
 def silhouette_iou(masks: Tensor, reference: Tensor) -> Tensor:
-    """Two sets of masks [N,1,H,W] => intersection over union of their pixels covered by at least half, [N]; 1 if both are empty."""
+    """Two sets of masks [N,1,H,W] => intersection over union of pixels covered by at least half, [N]; 1 if none is."""
     _same_shape(masks, reference)
     a, b = masks >= 0.5, reference >= 0.5
     union = (a | b).sum((1, 2, 3))
@@ -41,8 +41,9 @@ def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
     variance_a, variance_b = local_mean(pictures.square()) - a.square(), local_mean(reference.square()) - b.square()
     covariance = local_mean(pictures * reference) - a * b
     c1, c2 = 0.01**2, 0.03**2
-    score = ((2 * a * b + c1) * (2 * covariance + c2)) / ((a.square() + b.square() + c1) * (variance_a + variance_b + c2))
-    return score.mean((1, 2, 3))
+    brightness = (2 * a * b + c1) / (a.square() + b.square() + c1)
+    structure = (2 * covariance + c2) / (variance_a + variance_b + c2)
+    return (brightness * structure).mean((1, 2, 3))
 
 
 def render_mesh(mesh: Mesh, cameras: Cameras, size: int) -> ViewSet:

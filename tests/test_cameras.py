@@ -100,7 +100,8 @@ def test_pixel_centers_run_row_by_row_from_the_top_left():
 
 
 @pytest.mark.parametrize("wrong", [
-    lambda: Cameras.orbit(0), lambda: Cameras.look_at_origin([0], 90), lambda: Cameras.look_at_origin([0], 0, distance=0),
+    lambda: Cameras.orbit(0), lambda: Cameras.look_at_origin([0], 90),
+    lambda: Cameras.look_at_origin([0], 0, distance=0),
     lambda: Cameras(torch.eye(4)), lambda: Cameras(torch.eye(4)[None], fov=180)])
 def test_impossible_cameras_are_refused(wrong):
     with pytest.raises(ValueError):

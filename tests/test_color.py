@@ -24,7 +24,8 @@ def test_sides_of_a_cube_keep_their_own_colours():
 
 def test_hidden_places_have_no_colour_of_their_own():
     views = render(*joined(cube(0.5), cube(0.1, (0, 0, 0))), RING, 96)
-    _, weight = sample_colors(torch.tensor([[0., 0, .1], [0, -.5, 0]]), torch.tensor([[0., 0, 1], [0, -1, 0]]), views, RING, 0.02)
+    points, normals = torch.tensor([[0., 0, .1], [0, -.5, 0]]), torch.tensor([[0., 0, 1], [0, -1, 0]])
+    _, weight = sample_colors(points, normals, views, RING, 0.02)
     assert not weight.any()
 
 

@@ -134,7 +134,8 @@ def test_any_number_of_views_makes_a_closed_mesh(num_views):
 
 def test_same_views_same_mesh():
     first, second = rebuilt(cube(0.5), size=64), rebuilt(cube(0.5), size=64)
-    assert all(np.array_equal(getattr(first, k), getattr(second, k)) for k in ("vertices", "faces", "vertex_colors", "normals"))
+    for part in ("vertices", "faces", "vertex_colors", "normals"):
+        assert np.array_equal(getattr(first, part), getattr(second, part))
 
 
 def test_empty_views_are_refused():

@@ -60,7 +60,8 @@ def test_every_pixel_sees_what_a_ray_caster_sees():
         differ = ours != face
         assert differ.mean() < 2e-3  # rays that graze an edge may fall to either side
         depth = fragments.depths[view].flatten().numpy()
-        location, ray, _ = caster.intersects_location(origins[view].numpy(), directions[view].numpy(), multiple_hits=False)
+        location, ray, _ = caster.intersects_location(origins[view].numpy(), directions[view].numpy(),
+                                                      multiple_hits=False)
         expected = np.zeros(SIZE * SIZE)
         expected[ray] = cameras.project(torch.tensor(location, dtype=torch.float32))[1][view]
         assert np.abs(depth - expected)[~differ].max() < 2e-3
@@ -69,12 +70,14 @@ def test_every_pixel_sees_what_a_ray_caster_sees():
 def test_shared_edges_leave_no_gap_and_no_overlap():
     generator = torch.Generator().manual_seed(3)
     n = 24
-    grid = torch.stack(torch.meshgrid(torch.linspace(-.8, .8, n), torch.linspace(-.8, .8, n), indexing="ij"), -1).reshape(-1, 2)
+    ticks = torch.linspace(-.8, .8, n)
+    grid = torch.cartesian_prod(ticks, ticks)
     inner = (grid.abs() < 0.79).all(-1, keepdim=True)
     grid = grid + inner * 0.02 * torch.randn(grid.shape, generator=generator)
     vertices = torch.cat([grid, torch.zeros(len(grid), 1)], -1)
     corner = (torch.arange(n - 1)[:, None] * n + torch.arange(n - 1)).flatten()
-    faces = torch.cat([torch.stack([corner, corner + 1, corner + n], -1), torch.stack([corner + 1, corner + n + 1, corner + n], -1)])
+    faces = torch.cat([torch.stack([corner, corner + 1, corner + n], -1),
+                       torch.stack([corner + 1, corner + n + 1, corner + n], -1)])
     camera = Cameras.look_at_origin([0], 0)
     together = rasterize(vertices, faces, camera, SIZE).faces[0] >= 0
     rows, columns = together.any(1).nonzero(), together.any(0).nonzero()
@@ -116,7 +119,8 @@ def test_barycentrics_rebuild_the_seen_point():
     weights = barycentrics(fragments, hit.nonzero(as_tuple=True), vertices, faces, cameras)
     point = torch.einsum("pk,pkc->pc", weights, vertices[faces[fragments.faces[hit]]])
     seen = cameras.unproject(pixel_centers(64), fragments.depths.flatten(1)).view(2, 64, 64, 3)[hit]
-    assert torch.allclose(point, seen, atol=1e-4) and torch.allclose(weights.sum(-1), torch.ones(len(weights)), atol=1e-5)
+    assert torch.allclose(point, seen, atol=1e-4)
+    assert torch.allclose(weights.sum(-1), torch.ones(len(weights)), atol=1e-5)
 
 
 def test_shading_is_ambient_plus_lambert_on_either_side():
@@ -127,7 +131,8 @@ def test_shading_is_ambient_plus_lambert_on_either_side():
     for turned in (faces, faces.flip(1)):
         middle = render(vertices, turned, colors, cameras, 33).views[0, :, 16, 16]
         assert torch.allclose(middle, expected, atol=1e-5)
-    assert torch.allclose(render(vertices, faces, colors, cameras, 33, shade=False).views[0, :, 16, 16], colors[8, 0], atol=1e-6)
+    plain = render(vertices, faces, colors, cameras, 33, shade=False)
+    assert torch.allclose(plain.views[0, :, 16, 16], colors[8, 0], atol=1e-6)
 
 
 def test_nothing_in_sight_gives_empty_views():

@@ -7,8 +7,8 @@ from solids import cube
 
 from coser.cameras import Cameras
 from coser.rasterizer import render
-from coser.views import (FAR, NEAR, ViewSet, channels_to_views, depths_to_uint8, grid_columns, picture_grid, views_to_channels,
-                         views_to_uint8)
+from coser.views import (FAR, NEAR, ViewSet, channels_to_views, depths_to_uint8, grid_columns, picture_grid,
+                         views_to_channels, views_to_uint8)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,8 @@ def test_background_shows_where_nothing_is(views):
     assert torch.allclose(white[:, :, 0, 0], torch.ones(3, 3))
     full = (views.masks == 1).expand_as(white)
     assert torch.equal(white[full], views.views[full])
-    assert views_to_uint8(views)[0, 0, 0].tolist() == [255, 255, 255] and depths_to_uint8(views)[0, 0, 0].tolist() == [0, 0, 0]
+    assert views_to_uint8(views)[0, 0, 0].tolist() == [255, 255, 255]
+    assert depths_to_uint8(views)[0, 0, 0].tolist() == [0, 0, 0]
 
 
 def test_indexing_and_cat_keep_every_view(views):

@@ -1,4 +1,4 @@
-"""Colours of a mesh's vertices from posed views: the views that see a place squarely decide, unseen places ask their neighbours."""
+"""Vertex colours from posed views: the squarest view of a place decides, unseen places ask their neighbours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from coser.cameras import Cameras
 from coser.reconstruction.mesh import Mesh
 from coser.views import ViewSet
 
-SQUARENESS = 6.0  # a view's weight is cos^6 of the angle between its ray and the surface's normal: the squarest view wins
+SQUARENESS = 6.0  # a view's weight is cos^6 of the angle between ray and normal: the squarest view wins
 MIN_COS = 0.1
 # where on a face its colour is looked up: weights of its corners
 SAMPLES = ((1 / 3, 1 / 3, 1 / 3), (2 / 3, 1 / 6, 1 / 6), (1 / 6, 2 / 3, 1 / 6), (1 / 6, 1 / 6, 2 / 3))
@@ -25,8 +25,9 @@ def color_vertices(mesh: Mesh, views: ViewSet, cameras: Cameras, tolerance: floa
     """Mesh => colours [V,3] float32 in [0,1] that, interpolated over the faces, agree best with the views.
 
     tolerance: how far (world units) a view's depth usually lies from the mesh where it sees it; views further off count
-    less, and from three times as far not at all. Colours that several samples ask of a vertex are settled by least squares; vertices without a sample take the colour of the nearest
-    coloured vertex along the surface.
+    less, and from three times as far not at all. Colours that several samples ask of a vertex are settled by least
+    squares; vertices without a sample take the colour of the nearest coloured vertex along the surface. Raises
+    ValueError when no view sees any of the mesh.
     """
     device = views.views.device
     corners = torch.as_tensor(mesh.vertices[mesh.faces], device=device)
@@ -42,11 +43,11 @@ def color_vertices(mesh: Mesh, views: ViewSet, cameras: Cameras, tolerance: floa
 
 def sample_colors(points: Tensor, normals: Tensor, views: ViewSet, cameras: Cameras,
                   tolerance: float) -> tuple[Tensor, Tensor]:
-    """Surface points [P,3] with unit normals [P,3] => colours [P,3] and the weight of the views that see them [P], 0 = none."""
+    """Surface points [P,3], unit normals [P,3] => colours [P,3] and the weight of the views that see them [P]."""
     n, _, size, _ = views.views.shape
     uv, depth = cameras.project(points)
     grid = (uv * 2 - 1)[:, None]
-    picture = F.grid_sample(torch.cat([views.views, views.masks], 1), grid, mode="bilinear", align_corners=False)[:, :, 0]
+    picture = F.grid_sample(torch.cat([views.views, views.masks], 1), grid, align_corners=False)[:, :, 0]
     seen = F.grid_sample(views.depths, grid, mode="nearest", align_corners=False)[:, 0, 0]
     to_camera = F.normalize(cameras.centers[:, None] - points, dim=-1)
     cosine = (to_camera * normals).sum(-1)
@@ -80,7 +81,7 @@ def _settle(mesh: Mesh, colors: np.ndarray, trust: np.ndarray) -> np.ndarray:
 
 
 def _spread(mesh: Mesh, links: csr_matrix, known: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Values [V,C] of the known vertices => of all: each unknown vertex takes those of the nearest known along the surface."""
+    """Values [V,C] of the known vertices => of all: an unknown vertex takes those of the nearest along the surface."""
     if known.all():
         return values
     rows, columns = links.nonzero()

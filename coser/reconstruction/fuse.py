@@ -1,10 +1,10 @@
 """Posed views with depth to a closed surface: signed distances of all depth maps, carved by the silhouettes.
 
-Every view says how far a point lies from what it sees: in front of its depth map or beside its silhouette (free, positive),
-just behind its depth map (inside, negative), or further behind (it cannot tell). A truncated mean of the depth distances
-(Curless and Levoy, "A volumetric method for building complex models from range images", 1996) makes the surface, and a point
-that lies outside the silhouettes of at least two views is carved away. What no view can tell is taken to be solid, down
-to the floor that the object stands on.
+Every view says how far a point lies from what it sees: in front of its depth map or beside its silhouette (free,
+positive), just behind its depth map (inside, negative), or further behind (it cannot tell). A truncated mean of the
+depth distances (Curless and Levoy, "A volumetric method for building complex models from range images", 1996) makes the
+surface; silhouettes carve away what lies outside them, by two votes where depth maps know a surface. What no view can
+tell is taken to be solid, down to the floor that the object stands on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FREE, HIDDEN, NEAR = 1, -1, 0  # what the coarse pass says of a cell
 
 
 def fuse(views: ViewSet, cameras: Cameras, resolution: int = 128) -> tuple[np.ndarray, np.ndarray, float]:
-    """Views and their cameras => vertices [V,3] float32, faces [F,3] int64 (outward by the right hand) and the voxel's side.
+    """Views and their cameras => vertices [V,3] float32, faces [F,3] int64 (right hand outward), the voxel's side.
 
     resolution: the grid spends at most resolution^3 voxels on the object's box, none much finer than a pixel.
     The surface is closed. Every view must show something. Raises ValueError when no two agree on a surface.
@@ -51,10 +51,10 @@ def fuse(views: ViewSet, cameras: Cameras, resolution: int = 128) -> tuple[np.nd
     for part in near.split(65536):
         points = torch.stack([axes[k][part[:, k]] for k in range(3)], -1)
         distances[tuple(part.T)], told[tuple(part.T)] = signed_distances(points, maps, cameras, truncation)
-    half_pixel = float(pixel * torch.deg2rad(cameras.elevations.mean()).cos()) / 2  # surfaces end beside their last pixel
     stray = max(2, len(seen) // (2000 * len(views)))  # a handful of stray pixels below the object does not count
-    floor = float(seen[:, 1].kthvalue(min(stray, len(seen))).values) - half_pixel
-    grid = cut_floor(distances.cpu().numpy(), told.cpu().numpy(), axes[1].cpu().numpy(), floor, truncation)
+    lowest = float(seen[:, 1].kthvalue(min(stray, len(seen))).values)
+    lowest -= float(pixel * torch.deg2rad(cameras.elevations.mean()).cos()) / 2  # half a pixel below its centre
+    grid = cut_floor(distances.cpu().numpy(), told.cpu().numpy(), axes[1].cpu().numpy(), lowest, truncation)
     grid = np.pad(grid, 1, constant_values=truncation)
     np.copyto(grid, 1e-4 * voxel, where=np.abs(grid) < 1e-4 * voxel)  # a corner exactly on the surface makes slivers
     if not (grid < 0).any():
@@ -65,7 +65,7 @@ def fuse(views: ViewSet, cameras: Cameras, resolution: int = 128) -> tuple[np.nd
 
 
 def signed_distances(points: Tensor, maps: ViewMaps, cameras: Cameras, truncation: float) -> tuple[Tensor, Tensor]:
-    """Points [P,3] => signed distances [P] within +-truncation (positive outside) and whether any view could tell [P]."""
+    """Points [P,3] => signed distances [P] within +-truncation (positive outside) and whether any view can tell [P]."""
     n, size = maps.nearness.shape[:2]
     uv, depth = cameras.project(points)
     pixel = pixel_size(cameras, size, depth)
@@ -87,13 +87,14 @@ def signed_distances(points: Tensor, maps: ViewMaps, cameras: Cameras, truncatio
     # one silhouette may be wrong: where depth maps know a surface, two must agree to carve it away
     carved = torch.where(total > 1e-6, second, most)
     distance = torch.maximum(mean, carved)
-    close = tells & (behind.abs() < truncation)
-    maybe = _seen_from_both_sides(index, cosine.square() * close, maps.normals)
+    squareness = torch.where(tells & (behind.abs() < truncation), cosine.square(), 0.0)
+    maybe = _seen_from_both_sides(index, squareness, maps.normals)
     if len(maybe):
         rays = F.normalize(points[maybe].T - cameras.centers[..., None], dim=1)
         normals = maps.normals.flatten(2).gather(2, index[:, None, maybe].expand(-1, 3, -1))
-        thick, sheet = thicken_sheets(behind[:, maybe], (cosine.square() * close)[:, maybe], normals, rays, beside[:, maybe],
-                                      ((behind >= truncation) & (cosine > MIN_COS))[:, maybe], SHEET * truncation / TRUNCATION)
+        through = (behind[:, maybe] >= truncation) & (cosine[:, maybe] > MIN_COS)
+        thick, sheet = thicken_sheets(behind[:, maybe], squareness[:, maybe], normals, rays, beside[:, maybe], through,
+                                      SHEET * truncation / TRUNCATION)
         distance[maybe[sheet]] = thick[sheet]
     return distance.clamp(-truncation, truncation), (total > 1e-6) | (carved > 0)
 
@@ -130,7 +131,8 @@ def _classify(maps: ViewMaps, cameras: Cameras, axes: list[Tensor], voxel: float
     column, row = ((uv * size).long().clamp(0, size - 1) // 2).unbind(-1)
     index = row * closest.shape[-1] + column
     first, last = (1 / m.flatten(1).gather(1, index) for m in (closest, furthest))
-    free = (depth < first - doubt - voxel).sum(0) >= min(3, len(cameras))  # two may look along a sheet from its two ends
+    votes = min(3, len(cameras))  # two may look along a sheet from its two ends
+    free = (depth < first - doubt - voxel).sum(0) >= votes
     hidden = ((depth > last + doubt + 1.5 * voxel) & (last > 0)).all(0)
     blocks = (free.int() * FREE + (hidden & ~free).int() * HIDDEN).view(corners.shape[:3])
     for dim, axis in enumerate(axes):

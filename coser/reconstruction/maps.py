@@ -34,7 +34,7 @@ class ViewMaps:
 
 
 def view_maps(views: ViewSet, cameras: Cameras) -> ViewMaps:
-    """The ViewMaps of N views; pixels covered by less than half know no depth of their own but continue their neighbours'."""
+    """The ViewMaps of N views; pixels covered by less than half continue their neighbours' surface."""
     masks, depths = views.masks[:, 0], views.depths[:, 0]
     valid = (depths > 0) & (masks >= 0.5)
     nearness = torch.where(valid, 1 / depths.clamp_min(1e-6), 0.0)
@@ -57,8 +57,8 @@ def view_maps(views: ViewSet, cameras: Cameras) -> ViewMaps:
 def silhouette_distances(masks: Tensor, reach: int = REACH) -> Tensor:
     """Coverage [N,S,S] in [0,1] => signed distances to the silhouette in pixels, positive outside, within +-reach.
 
-    A pixel covered by a part m lies 0.5 - m from the edge, which makes the result finer than a pixel: each pixel takes the
-    smallest (its way to another pixel) + (that pixel's way to the edge).
+    A pixel covered by a part m lies 0.5 - m from the edge, which makes the result finer than a pixel: each pixel takes
+    the smallest (its way to another pixel) + (that pixel's way to the edge).
     """
     n, h, w = masks.shape
     padded = F.pad(masks[:, None], (reach,) * 4, mode="replicate")[:, 0]  # beyond the picture nobody knows better
@@ -81,8 +81,8 @@ def pixel_size(cameras: Cameras, size: int, depth: Tensor) -> Tensor:
 
 
 def _slopes(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Derivatives a pixel of `values` [N,S,S] to the right and down: of both neighbours' differences the smaller one, so that
-    a step in depth beside a pixel does not tilt it."""
+    """Derivatives a pixel of `values` [N,S,S] to the right and down: the smaller of both neighbours' differences, so
+    that a step in depth beside a pixel does not tilt it."""
     slopes = []
     for dim in (2, 1):
         length = values.shape[dim] - 1

@@ -69,8 +69,8 @@ def _face_volumes(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 
 
 def keep_parts(mesh: Mesh, smallest: float) -> Mesh:
-    """The mesh without bubbles (parts turned inside out) and without specks: parts that span less than `smallest` (world
-    units) or enclose less than a thousandth of the largest part."""
+    """The mesh without bubbles (parts turned inside out) and without specks: parts that span less than `smallest`
+    (world units) or enclose less than a thousandth of the largest part."""
     edges = _half_edges(mesh.faces)
     count = len(mesh.vertices)
     links = coo_matrix((np.ones(len(edges), bool), tuple(edges.T)), (count, count))
@@ -115,8 +115,8 @@ def simplify(mesh: Mesh, max_faces: int) -> Mesh:
 def part_pinches(mesh: Mesh) -> Mesh:
     """The mesh cut apart where collapses pinched it: at edges of more than two faces and vertices of more than one fan.
 
-    Every half-edge gets exactly one twin, such that the two bound one piece of the solid; corners joined by twins then share
-    a vertex, others do not. The copies of a parted vertex move a hundredth of the way into their own faces.
+    Every half-edge gets exactly one twin, such that the two bound one piece of the solid; corners joined by twins then
+    share a vertex, others do not. The copies of a parted vertex move a hundredth of the way into their own faces.
     """
     faces = _without_folds(mesh.faces)
     count, half_edges = len(mesh.vertices), np.arange(faces.size)
@@ -184,7 +184,7 @@ def _without_folds(faces: np.ndarray) -> np.ndarray:
 
 
 def _pair_around(vertices, faces, start, end, going, coming) -> np.ndarray:
-    """Half-edges along one edge, some going a -> b, as many coming b -> a: which of `coming` bounds the solid with each going one.
+    """Half-edges along one edge, some going a -> b, as many coming b -> a: the partner in `coming` of each going one.
 
     Seen along a -> b, the solid lies clockwise of a going face, so its partner is the next coming face clockwise.
     """
@@ -210,7 +210,8 @@ def with_normals(mesh: Mesh) -> Mesh:
     lengths = np.linalg.norm(ahead, axis=2) * np.linalg.norm(back, axis=2)
     angle = np.arccos(np.clip((ahead * back).sum(2) / np.maximum(lengths, 1e-20), -1, 1))
     index = mesh.faces.ravel()
-    normals = np.stack([np.bincount(index, (angle * face[:, k:k + 1]).ravel(), len(mesh.vertices)) for k in range(3)], -1)
+    count = len(mesh.vertices)
+    normals = np.stack([np.bincount(index, (angle * face[:, k:k + 1]).ravel(), count) for k in range(3)], -1)
     length = np.linalg.norm(normals, axis=1, keepdims=True)
     normals = np.where(length > 1e-9, normals / np.maximum(length, 1e-9), (0.0, 1.0, 0.0))
     return replace(mesh, normals=normals.astype(np.float32))

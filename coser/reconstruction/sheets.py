@@ -1,6 +1,6 @@
 """Fins, leaves and sails: surfaces seen from both sides with no room for a solid in between, given the least thickness.
 
-A mean of distances would let the two sides cancel, and a view along the sheet sees nothing of it and would carve it away.
+A mean of distances would let the two sides cancel, and a view along the sheet, which sees none of it, would carve it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ ALONG = 0.3  # cosine; a view at less than this to the sheet's normal looks alon
 
 def thicken_sheets(behind: Tensor, weight: Tensor, normals: Tensor, rays: Tensor, beside: Tensor, through: Tensor,
                    thickness: float) -> tuple[Tensor, Tensor]:
-    """What N views say of P points => signed distances [P] to sheets made `thickness` thick, and which points lie at one.
+    """What N views say of P points => signed distances [P] to sheets made `thickness` thick, and which lie at one.
 
-    behind [N,P]: distance in front of (+) or behind (-) each view's surface; weight [N,P]: how much that counts, 0 = not
-    at all; normals [N,3,P]: of those surfaces; rays [N,3,P]: unit directions from the cameras; beside [N,P]: distance out
-    of the silhouettes; through [N,P]: views that look past the point at something behind it.
+    behind [N,P]: distance in front of (+) or behind (-) each view's surface; weight [N,P]: how much that counts, 0 =
+    not at all; normals [N,3,P]: of those surfaces; rays [N,3,P]: unit directions from the cameras; beside [N,P]: distance
+    out of the silhouettes; through [N,P]: views that look past the point at something behind it.
     """
     points = torch.arange(behind.shape[1], device=behind.device)
     normal = normals[weight.argmax(0), :, points].T  # of the side seen most squarely
