@@ -11,8 +11,8 @@ def cut_floor(distances: np.ndarray, told: np.ndarray, heights: np.ndarray, lowe
     """Signed distances [X,Y,Z] (y up) => the same without the unseen cone under the object.
 
     told [X,Y,Z]: whether any view knows the cell; heights [Y]: of the cells, rising; lowest: of all heights seen.
-    Nothing is left below `lowest`. Above it, cells that no view knows are cut below the local floor: the height at which
-    the nearest seen wall ends in open air, so that a table keeps no cone under its top although it has legs.
+    Nothing is left below `lowest`. Above it, cells that no view knows are cut below the local floor: the height at
+    which the nearest seen wall ends in open air, so that a table keeps no cone under its top although it has legs.
     """
     floor = np.full(distances.shape[::2], lowest, np.float32)
     ends, where = _wall_ends(distances, told, heights)

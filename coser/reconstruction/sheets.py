@@ -17,8 +17,8 @@ def thicken_sheets(behind: Tensor, weight: Tensor, normals: Tensor, rays: Tensor
     """What N views say of P points => signed distances [P] to sheets made `thickness` thick, and which lie at one.
 
     behind [N,P]: distance in front of (+) or behind (-) each view's surface; weight [N,P]: how much that counts, 0 =
-    not at all; normals [N,3,P]: of those surfaces; rays [N,3,P]: unit directions from the cameras; beside [N,P]: distance
-    out of the silhouettes; through [N,P]: views that look past the point at something behind it.
+    not at all; normals [N,3,P]: of those surfaces; rays [N,3,P]: unit directions from the cameras; beside [N,P]:
+    distance out of the silhouettes; through [N,P]: views that look past the point at something behind it.
     """
     points = torch.arange(behind.shape[1], device=behind.device)
     normal = normals[weight.argmax(0), :, points].T  # of the side seen most squarely
