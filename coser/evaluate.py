@@ -1,4 +1,4 @@
-"""Measures the product on held-out data: python -m coser.evaluate reconstruction --assets FOLDER."""
+"""Measures the product: `python -m coser.evaluate reconstruction|autoencoder|prompts`, each with its own --help."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
 
+from coser import evaluate_prompts
 from coser.cameras import ELEVATION, Cameras
 from coser.data.assets import Asset, list_assets, load_mesh
+from coser.data.dataset import held_out_views, list_rings
 from coser.metrics import cross_render_psnr, psnr, render_mesh, silhouette_iou, ssim
+from coser.models.autoencoder import ViewAutoencoder
 from coser.rasterizer import render
 from coser.reconstruction import reconstruct
+from coser.train_autoencoder import autoencoder_figures, reconstruct_views
 
 NOVEL_ELEVATIONS = (0.0, 20.0, 45.0)
 
@@ -83,6 +88,13 @@ def _reconstruction(arguments: argparse.Namespace) -> None:
             json.dump(scores, file, indent=1)
 
 
+def _autoencoder(arguments: argparse.Namespace) -> None:
+    model = ViewAutoencoder.from_pretrained(arguments.checkpoint / "vae", dtype=getattr(torch, arguments.dtype))
+    views = held_out_views(list_rings(arguments.renders), arguments.per_ring)
+    figures = autoencoder_figures(reconstruct_views(model, views), views)
+    print(f"{len(views)} views:", ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line: one verb a thing to measure."""
     top = argparse.ArgumentParser(prog="python -m coser.evaluate", description=__doc__)
@@ -98,6 +110,15 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--max-faces", type=int, default=20_000)
     verb.add_argument("--json", default=None, help="file for the scores of every asset")
     verb.set_defaults(run=_reconstruction)
+    verb = verbs.add_parser("autoencoder", help="held-out rendered views => latents => views")
+    verb.add_argument("--renders", type=Path, required=True, help="folder written by coser.data.render")
+    verb.add_argument("--checkpoint", type=Path, default=evaluate_prompts.SMALL, help="pipeline folder")
+    verb.add_argument("--per-ring", type=int, default=2, help="views of each ring, spread evenly")
+    verb.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    verb.set_defaults(run=_autoencoder)
+    verb = verbs.add_parser(evaluate_prompts.VERB, help="prompts => views => mesh, and a contact sheet")
+    evaluate_prompts.add_options(verb)
+    verb.set_defaults(run=evaluate_prompts.run)
     return top
 
 

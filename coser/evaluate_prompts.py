@@ -22,6 +22,7 @@ from coser.reconstruction import Mesh, reconstruct
 from coser.views import views_to_uint8
 
 VERB = "prompts"
+SMALL = Path(__file__).parent / "checkpoints" / "small"
 SHEET_VIEWS, SHEET_TILE, LABEL_HEIGHT = 6, 128, 20
 
 
@@ -83,7 +84,7 @@ def contact_sheet(rows: list[tuple[str, np.ndarray]], columns: int = 2) -> Image
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, default=Path(__file__).parent / "checkpoints" / "small")
+    parser.add_argument("--checkpoint", type=Path, default=SMALL)
     parser.add_argument("--prompts", type=Path, required=True, help="text file, a prompt a line")
     parser.add_argument("--sheet", type=Path, help="where the contact sheet goes (PNG)")
     parser.add_argument("--json", type=Path, help="file for the scores of every prompt")
