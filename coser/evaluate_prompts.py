@@ -55,9 +55,10 @@ def evaluate_prompts(pipeline: CoSERPipeline, prompts: Iterable[str], seed: int 
         seconds = time.perf_counter() - began
         seen = render_mesh(mesh, cameras, views.views.shape[-1])
         error = (seen.on_background() - views.on_background()).square().mean((1, 2, 3)).clamp_min(1e-10)
-        yield (PromptScore(prompt, seconds, len(mesh.faces), mesh.is_watertight, float(cross_render_psnr(views, cameras).median()),
-                           float((-10 * error.log10()).mean()), float(silhouette_iou(seen.masks, views.masks).mean()),
-                           float(views.masks.mean())), result, mesh)
+        score = PromptScore(prompt, seconds, len(mesh.faces), mesh.is_watertight,
+                            float(cross_render_psnr(views, cameras).median()), float((-10 * error.log10()).mean()),
+                            float(silhouette_iou(seen.masks, views.masks).mean()), float(views.masks.mean()))
+        yield score, result, mesh
 
 
 def sheet_row(result: MultiviewStep, mesh: Mesh) -> np.ndarray:
@@ -102,8 +103,9 @@ def run(options: argparse.Namespace) -> None:
     names = ["seconds", "faces", "watertight", "cross", "own_psnr", "own_iou", "coverage"]
     print(f"{'prompt':28}", *(f"{n:>10}" for n in names))
     scores, rows = [], []
-    for score, result, mesh in evaluate_prompts(pipeline, prompts, options.seed, num_views=options.num_views,
-                                                num_inference_steps=options.steps, guidance_scale=options.guidance_scale):
+    drawn = evaluate_prompts(pipeline, prompts, options.seed, num_views=options.num_views,
+                             num_inference_steps=options.steps, guidance_scale=options.guidance_scale)
+    for score, result, mesh in drawn:
         scores.append(asdict(score))
         rows.append((score.prompt, sheet_row(result, mesh)))
         print(f"{score.prompt[:28]:28}", *(f"{float(scores[-1][n]):10.3f}" for n in names), flush=True)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 class MasterOptimizer:
     """Steps a model's parameters through fp32 masters and keeps their exponential moving average.
 
-    lr is in AdamW's units for both parts (Muon's update is scaled to AdamW's root mean square, "Muon is Scalable for LLM
-    Training", section 2.2). ema_decay: the average's decay, reached by warming up as (1 + step) / (10 + step).
+    lr is in AdamW's units for both parts (Muon's update is scaled to AdamW's root mean square, "Muon is Scalable for
+    LLM Training", section 2.2). ema_decay: the average's decay, reached by warming up as (1 + step) / (10 + step).
     clip: largest norm of the whole gradient. use_muon=False: AdamW for all.
     """
 
@@ -68,7 +68,10 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def averaged_copy(self, model: nn.Module, dtype: torch.dtype = torch.float16) -> nn.Module:
-        """A copy of the model with the averaged weights at their full precision, cast to `dtype` once: what is saved."""
+        """A copy of the model with the averaged weights: what is saved.
+
+        The weights are at their full precision, cast to `dtype` once.
+        """
         copied = copy.deepcopy(model).float()
         parameters = dict(copied.named_parameters())
         for name, ema in zip(self.names, self.ema):
@@ -122,7 +125,10 @@ class MasterOptimizer:
 
 
 def schedule(progress: float, step: int, warmup: int = 100, decay_from: float = 0.6, floor: float = 0.02) -> float:
-    """Learning-rate factor: linear warm-up over `warmup` steps, flat, linear from `decay_from` of the run to `floor`."""
+    """Learning-rate factor at a step.
+
+    Linear warm-up over `warmup` steps, flat, linear from `decay_from` of the run to `floor`.
+    """
     warm = min(1.0, (step + 1) / warmup)
     fall = 1.0 if progress <= decay_from else 1 - (1 - floor) * min(1.0, (progress - decay_from) / (1 - decay_from))
     return warm * fall

@@ -97,8 +97,8 @@ class CoSERPipeline(DiffusionPipeline):
 
         prompt: one sentence. num_views: 4..24. elevation: degrees, 0..30. guidance_scale: >= 1, 1 = no guidance.
         num_inference_steps: >= 1. negative_prompt: what to move away from. generator: source of the starting noise.
-        latents [N,C,h,w]: starting noise instead. mixers: the active subset of the UNet's. Raises ValueError, when first
-        read, for anything else.
+        latents [N,C,h,w]: starting noise instead. mixers: the active subset of the UNet's. Raises ValueError, when
+        first read, for anything else.
         """
         check_arguments(prompt, num_views, elevation, guidance_scale, num_inference_steps, negative_prompt)
         guided = guidance_scale > 1

@@ -1,7 +1,7 @@
 """Triangles to pixels in plain torch: a scanline rasteriser with a scatter-min z-buffer, on CPU and CUDA.
 
-Every triangle is cut into one exact span of pixels a row, every span into fragments; the nearest fragment of a pixel wins.
-A pixel belongs to a triangle when its centre lies in it; spans are half-open and computed from edges taken in one
+Every triangle is cut into one exact span of pixels a row, every span into fragments; the nearest fragment of a pixel
+wins. A pixel belongs to a triangle when its centre lies in it; spans are half-open and computed from edges taken in one
 canonical direction, so two triangles that share an edge neither overlap nor leave a gap.
 """
 
@@ -43,8 +43,8 @@ def rasterize(vertices: Tensor, faces: Tensor, cameras: Cameras, size: int) -> F
     # views a chunk: on a CPU one view at a time stays in cache; on a GPU as many as ~64 M fragments allow
     per_view = max(float(area) / max(len(cameras), 1), 1.0)
     chunk = 1 if vertices.device.type == "cpu" else max(1, int(64e6 / per_view))
-    parts = [_rasterize_chunk(corners[i:i + chunk], linear[i:i + chunk], visible[i:i + chunk], size, cameras.orthographic)
-             for i in range(0, len(cameras), chunk)]
+    chunks = [slice(i, i + chunk) for i in range(0, len(cameras), chunk)]
+    parts = [_rasterize_chunk(corners[s], linear[s], visible[s], size, cameras.orthographic) for s in chunks]
     return Fragments(torch.cat([p.faces for p in parts]), torch.cat([p.depths for p in parts]))
 
 
@@ -59,7 +59,8 @@ def _rasterize_chunk(corners: Tensor, linear: Tensor, visible: Tensor, size: int
 
     # one entry a (triangle, row): where the row's centre line enters and leaves
     triangle = torch.repeat_interleave(torch.arange(n * f, device=device), rows)
-    row = first[triangle] + torch.arange(len(triangle), device=device) - torch.repeat_interleave(rows.cumsum(0) - rows, rows)
+    row = first[triangle] + torch.arange(len(triangle), device=device)
+    row = row - torch.repeat_interleave(rows.cumsum(0) - rows, rows)
     center = (row + 0.5)[:, None]
     start, end = corners, corners.roll(-1, dims=1)
     swap = (start[..., 1] > end[..., 1]) | ((start[..., 1] == end[..., 1]) & (start[..., 0] > end[..., 0]))
@@ -81,12 +82,14 @@ def _rasterize_chunk(corners: Tensor, linear: Tensor, visible: Tensor, size: int
     det = torch.where(det.abs() < 1e-12, torch.inf, det)  # seen edge-on: no slope, the first corner's depth
     du, dv = linear[:, 1] - linear[:, 0], linear[:, 2] - linear[:, 0]
     gx, gy = (du * ac[:, 1] - dv * ab[:, 1]) / det, (dv * ab[:, 0] - du * ac[:, 0]) / det
-    at_row = linear[triangle, 0] + gx[triangle] * (0.5 - a[triangle, 0]) + gy[triangle] * (center[:, 0] - a[triangle, 1])
+    at_row = linear[triangle, 0] + gx[triangle] * (0.5 - a[triangle, 0])
+    at_row = at_row + gy[triangle] * (center[:, 0] - a[triangle, 1])
     bounds = linear.amin(1).float()[triangle], linear.amax(1).float()[triangle]
 
     # one entry a fragment
     span = torch.repeat_interleave(torch.arange(len(count), device=device), count)
-    column = begin[span] + torch.arange(len(span), device=device) - torch.repeat_interleave(count.cumsum(0) - count, count)
+    column = begin[span] + torch.arange(len(span), device=device)
+    column = column - torch.repeat_interleave(count.cumsum(0) - count, count)
     value = torch.addcmul(at_row.float()[span], column.float(), gx.float()[triangle][span])
     value = torch.minimum(torch.maximum(value, bounds[0][span]), bounds[1][span])  # slivers must not extrapolate
     depth = value if orthographic else 1 / value
@@ -125,7 +128,8 @@ def barycentrics(fragments: Fragments, pixels: tuple[Tensor, Tensor, Tensor], ve
 def face_shading(vertices: Tensor, faces: Tensor, centers: Tensor) -> Tensor:
     """Two-sided Lambert plus ambient of each face as seen from camera positions [N,3]: brightness [N,F] in [0,1].
 
-    The light is fixed to the object. A face's normal is taken on the side that the camera sees, so windings do not matter.
+    The light is fixed to the object. A face's normal is taken on the side that the camera sees, so windings do not
+    matter.
     """
     a, b, c = vertices[faces].unbind(1)
     normal = F.normalize(torch.cross(b - a, c - a, dim=-1), dim=-1)

@@ -15,12 +15,14 @@ from coser.data.dataset import Prefetched, ViewBatches, held_out_views, list_rin
 from coser.models.autoencoder import ViewAutoencoder
 from coser.optimizer import MasterOptimizer
 from coser.train_loop import Log, Options, train_loop
-from coser.views import FAR, NEAR, ViewSet, channels_to_views, depths_to_uint8, picture_grid, views_to_channels, views_to_uint8
+from coser.views import (FAR, NEAR, ViewSet, channels_to_views, depths_to_uint8, picture_grid, views_to_channels,
+                         views_to_uint8)
 
 VERB = "autoencoder"
 PRESETS = {
     "small": dict(model={}, batch_size=16, lr=1e-3),
-    "tiny": dict(model=dict(latent_channels=4, channels=(16, 16, 16), encoder_blocks=(1, 1, 1), decoder_blocks=(1, 1, 1)),
+    "tiny": dict(model=dict(latent_channels=4, channels=(16, 16, 16), encoder_blocks=(1, 1, 1),
+                            decoder_blocks=(1, 1, 1)),
                  batch_size=2, lr=1e-3),
 }
 OBJECT_WEIGHT = 4.0  # most pixels are background: unweighted, the model collapses to it
@@ -32,14 +34,16 @@ KL_WEIGHT = 1e-5  # keeps the raw latents near unit scale
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help="views a step, else the preset's")
-    parser.add_argument("--freeze-encoder", action="store_true", help="train the decoder only: existing latents stay valid")
+    parser.add_argument("--freeze-encoder", action="store_true",
+                        help="train the decoder only: existing latents stay valid")
     parser.add_argument("--start", type=Path, help="autoencoder folder to start from instead of random weights")
 
 
 def reconstruction_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Distance between channels [B,5,H,W] in [0,1]: weighted L1 and squared error, hue, gradients, coarse means; a scalar.
+    """Distance between channels [B,5,H,W] in [0,1], a scalar.
 
-    Hue and coarse means are there because brightness and edges alone leave a grey model for thousands of steps.
+    Weighted L1 and squared error, hue, gradients, coarse means. Hue and coarse means are there because brightness and
+    edges alone leave a grey model for thousands of steps.
     """
     covered = F.max_pool2d(target[:, 3:4], 5, stride=1, padding=2) > 0  # the object and a rim around it
     weight = torch.where(covered, OBJECT_WEIGHT, 1.0)
@@ -48,7 +52,8 @@ def reconstruction_loss(predicted: Tensor, target: Tensor) -> Tensor:
     hue = error[:, :3] - error[:, :3].mean(1, keepdim=True)
     loss = (weight * (error.abs() + 2 * error.square())).mean() + HUE_WEIGHT * (weight * hue.abs()).mean()
     for _ in range(2):
-        loss = loss + 0.5 * ((error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean())
+        across, down = error[..., 1:] - error[..., :-1], error[..., 1:, :] - error[..., :-1, :]
+        loss = loss + 0.5 * (across.abs().mean() + down.abs().mean())
         error = F.avg_pool2d(error, 2)
     coarse_weight = F.avg_pool2d(weight, 16)
     return loss + COARSE_WEIGHT * (coarse_weight * F.avg_pool2d(error, 4).abs()).mean()
@@ -63,7 +68,8 @@ def autoencoder_figures(predicted: ViewSet, target: ViewSet) -> dict[str, float]
     valid = both & (predicted.depths > 0)
     error = (predicted.depths - target.depths).abs()
     medians = torch.stack([e[v].median() for e, v in zip(error, valid) if v.any()])
-    return {"psnr": float(psnr.mean()), "alpha_iou": float((both.sum((1, 2, 3)) / either.sum((1, 2, 3)).clamp_min(1)).mean()),
+    iou = both.sum((1, 2, 3)) / either.sum((1, 2, 3)).clamp_min(1)
+    return {"psnr": float(psnr.mean()), "alpha_iou": float(iou.mean()),
             "depth_error": float(medians.median()), "depth_error_mean": float(medians.mean())}
 
 
@@ -100,8 +106,8 @@ def run(options: argparse.Namespace, loop: Options) -> None:
         started = ViewAutoencoder.load_config(options.start)
         model.register_to_config(latent_mean=started["latent_mean"], latent_std=started["latent_std"])
     optimizer = MasterOptimizer(model, lr=options.lr or preset["lr"], use_muon=not options.adamw)
-    batches = ViewBatches(list_rings(options.renders, options.limit), options.batch_size or preset["batch_size"], options.seed,
-                          options.device, options.data_on_device)
+    batches = ViewBatches(list_rings(options.renders, options.limit), options.batch_size or preset["batch_size"],
+                          options.seed, options.device, options.data_on_device)
     upcoming = Prefetched(batches)
     held_out = held_out_views(list_rings(options.held_out))
     print(f"autoencoder: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {options.dtype} on "

@@ -40,10 +40,12 @@ def unet_config(channels: tuple[int, ...], layers: int, heads: tuple[int, ...], 
 
 
 PRESETS = {
-    "small": dict(model=dict(unet=unet_config((128, 192, 192), 1, (4, 6, 6)), pooled_dim=384, mixer_ratio=0.34, scan_ratio=0.67),
+    "small": dict(model=dict(unet=unet_config((128, 192, 192), 1, (4, 6, 6)), pooled_dim=384, mixer_ratio=0.34,
+                             scan_ratio=0.67),
                   views_per_batch=36, view_counts=(4, 6, 8, 12), lr=6e-4),
-    "tiny": dict(model=dict(unet=unet_config((16, 16), 1, (1, 1), 4), pooled_dim=384, mixer_head_size=16, scan_head_size=16,
-                            scan_state_size=8), views_per_batch=4, view_counts=(2, 4), lr=1e-3),
+    "tiny": dict(model=dict(unet=unet_config((16, 16), 1, (1, 1), 4), pooled_dim=384, mixer_head_size=16,
+                            scan_head_size=16, scan_state_size=8),
+                 views_per_batch=4, view_counts=(2, 4), lr=1e-3),
 }
 SHIFT = 3.0  # of the noise level, in training and sampling: N views are redundant, so the signal survives more noise
 DROP_TEXT = 0.1
@@ -61,7 +63,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def noise_levels(count: int, generator: torch.Generator, shift: float = SHIFT) -> Tensor:
-    """Logit-normal noise levels in (0,1), shifted towards noise: [count] (Esser et al. 2024, sections 3.1 and 5.3.2)."""
+    """Logit-normal noise levels in (0,1), shifted towards noise: [count].
+
+    Esser et al. 2024, sections 3.1 and 5.3.2.
+    """
     uniform = torch.sigmoid(torch.randn(count, generator=generator))
     return shift * uniform / (1 + (shift - 1) * uniform)
 
@@ -108,7 +113,8 @@ def encode_captions(pipeline: CoSERPipeline, captions: list[str]) -> CaptionStat
 
 
 @torch.no_grad()
-def encode_rings(vae: ViewAutoencoder, vae_folder: Path, rings: list[Ring], cache: Path) -> tuple[list[Tensor], list[float]]:
+def encode_rings(vae: ViewAutoencoder, vae_folder: Path, rings: list[Ring],
+                 cache: Path) -> tuple[list[Tensor], list[float]]:
     """Normalised latents [V,C,h,w] float16 and elevation (degrees) of every ring; kept in `cache` for the next start.
 
     The cache is added to when rings are new and made anew when the autoencoder is another one.
@@ -142,8 +148,8 @@ def flow_loss(unet: MultiviewUNet, batch: RingBatch, embeds: PromptEmbeds, gener
     clean, noise = batch.latents.to(unet.device), noise.to(unet.device)
     sigma = levels.to(unet.device)[:, None, None, None, None]
     noisy = (1 - sigma) * clean + sigma * noise
-    predicted = unet(noisy.to(unet.dtype), levels.to(unet.device) * 1000, embeds.states, batch.cameras, pooled=embeds.pooled,
-                     attention_mask=embeds.mask, mixers=mixers)
+    predicted = unet(noisy.to(unet.dtype), levels.to(unet.device) * 1000, embeds.states, batch.cameras,
+                     pooled=embeds.pooled, attention_mask=embeds.mask, mixers=mixers)
     return (predicted.float() - (noise - clean)).square().mean()
 
 
@@ -175,8 +181,9 @@ def run(options: argparse.Namespace, loop: Options) -> None:
     held_latents, held_elevations = encode_rings(vae, options.autoencoder, held_out, cache)
     texts = encode_captions(pipeline, [c for r in rings + held_out for c in r.captions + r.short_captions])
     optimizer = MasterOptimizer(unet, lr=options.lr or preset["lr"], ema_decay=options.ema, use_muon=not options.adamw)
-    print(f"denoiser: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters, {options.dtype} on {options.device}, "
-          f"{len(rings)} rings of {batches.ring_length} views, {len(texts.states)} captions", flush=True)
+    print(f"denoiser: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters, {options.dtype} on "
+          f"{options.device}, {len(rings)} rings of {batches.ring_length} views, "
+          f"{len(texts.states)} captions", flush=True)
 
     def loss_of_step(step: int) -> tuple[Tensor, dict]:
         batch = batches(step)
@@ -191,7 +198,8 @@ def run(options: argparse.Namespace, loop: Options) -> None:
         figures: dict[str, list[float]] = {}
         for i, (ring, clean, elevation) in enumerate(zip(held_out, held_latents, held_elevations)):
             num_views = (4, 6, 12)[i % 3] if len(clean) % 12 == 0 else len(clean)
-            batch = RingBatch(clean[::len(clean) // num_views][None].float(), Cameras.orbit(num_views, elevation), [ring.captions[0]])
+            clean = clean[::len(clean) // num_views][None].float()
+            batch = RingBatch(clean, Cameras.orbit(num_views, elevation), [ring.captions[0]])
             embeds = texts.batch(batch.captions, unet.device, unet.dtype)
             for level in (0.3, 0.6, 0.85, 0.97):
                 loss = flow_loss(unet, batch, embeds, step_generator(7, i), levels=torch.tensor([level]))
@@ -201,7 +209,8 @@ def run(options: argparse.Namespace, loop: Options) -> None:
         rows = []
         for prompt in SAMPLE_PROMPTS:
             generator = torch.Generator().manual_seed(0)
-            rows.append(views_to_uint8(pipeline(prompt, num_views=8, num_inference_steps=16, generator=generator).views))
+            result = pipeline(prompt, num_views=8, num_inference_steps=16, generator=generator)
+            rows.append(views_to_uint8(result.views))
         picture_grid(np.concatenate(rows), 8).save(loop.run / f"samples-{step:06d}.png")
         unet.train()
 
@@ -209,7 +218,8 @@ def run(options: argparse.Namespace, loop: Options) -> None:
         save_pipeline(pipeline, stored_vae, optimizer.averaged_copy(unet), folder)
 
     (loop.run / "options.json").parent.mkdir(parents=True, exist_ok=True)
-    (loop.run / "options.json").write_text(json.dumps({k: str(v) for k, v in vars(options).items() if k != "run_verb"}, indent=1))
+    chosen = {k: str(v) for k, v in vars(options).items() if k != "run_verb"}
+    (loop.run / "options.json").write_text(json.dumps(chosen, indent=1))
     train_loop(optimizer, loss_of_step, save_weights, evaluate, loop)
 
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-# The channel form spans these depths (units of the object's radius, camera distance 3.2): the unit sphere with a margin,
-# so that the far rim of an object still differs from "nothing" (0).
+# The channel form spans these depths (units of the object's radius, camera distance 3.2): the unit sphere with a
+# margin, so that the far rim of an object still differs from "nothing" (0).
 NEAR, FAR = 2.1, 4.4
 
 
@@ -53,7 +53,10 @@ class ViewSet:
 
 
 def views_to_channels(view_set: ViewSet) -> Tensor:
-    """ViewSet => [N,5,H,W] in [0,1]: premultiplied RGB, alpha, nearness (0 = nothing, larger = nearer, premultiplied)."""
+    """ViewSet => [N,5,H,W] in [0,1]: premultiplied RGB, alpha, nearness.
+
+    Nearness: 0 = nothing, larger = nearer, premultiplied.
+    """
     nearness = ((FAR - view_set.depths) / (FAR - NEAR)).clamp(0, 1) * view_set.masks
     return torch.cat([view_set.views, view_set.masks, torch.where(view_set.depths > 0, nearness, 0.0)], 1)
 

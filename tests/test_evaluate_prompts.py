@@ -31,8 +31,8 @@ def test_shuffled_views_score_lower_than_consistent_ones(drawn):
     class Shuffled(CalledPipeline):
         def __call__(self, *args, **kwargs):
             step = super().__call__(*args, **kwargs)
-            turned = step.cameras.camera_to_world[[3, 0, 4, 1, 5, 2]]
-            return type(step)(step.index, step.total, step.views, step.latents, step.denoised, type(step.cameras)(turned))
+            turned = type(step.cameras)(step.cameras.camera_to_world[[3, 0, 4, 1, 5, 2]])
+            return type(step)(step.index, step.total, step.views, step.latents, step.denoised, turned)
 
     (score, _, _), = evaluate_prompts(Shuffled(), ["a red box"], num_views=6, num_inference_steps=1)
     assert score.own_psnr < drawn[0][0].own_psnr and score.own_iou < drawn[0][0].own_iou

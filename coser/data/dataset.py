@@ -1,4 +1,4 @@
-"""What training reads: batches of rendered views for the autoencoder, batches of latent rings with captions for the denoiser.
+"""What training reads: batches of rendered views for the autoencoder and latent rings with captions for the denoiser.
 
 Batches are functions of (seed, step) alone: a resumed run draws what the uninterrupted one would have drawn.
 """
@@ -106,7 +106,8 @@ class ViewBatches:
         # three quarters keep their colours: swapped channels teach other hues, not what is common
         order = torch.randint(6, (self.batch_size,), generator=generator)
         order = order * (torch.rand(self.batch_size, generator=generator) < 0.25)
-        rgb = channels[:, :3].gather(1, CHANNEL_ORDERS[order].to(self.device)[:, :, None, None].expand_as(channels[:, :3]))
+        order = CHANNEL_ORDERS[order].to(self.device)[:, :, None, None]
+        rgb = channels[:, :3].gather(1, order.expand_as(channels[:, :3]))
         channels = torch.cat([rgb, channels[:, 3:]], 1)
         mirror = (torch.rand(self.batch_size, generator=generator) < 0.5).to(self.device)[:, None, None, None]
         return torch.where(mirror, channels.flip(3), channels)
@@ -136,7 +137,10 @@ def held_out_views(rings: list[Ring], per_ring: int = 2) -> ViewSet:
 
 @dataclass(frozen=True)
 class RingBatch:
-    """B samples of N views: latents [B,N,C,h,w], their shared cameras, and a caption each ("" where text was dropped)."""
+    """B samples of N views: latents [B,N,C,h,w], their shared cameras, and a caption each.
+
+    A caption is "" where text was dropped.
+    """
 
     latents: Tensor
     cameras: Cameras
@@ -157,7 +161,8 @@ class LatentRings:
             self.groups.setdefault(round(elevation, 3), []).append(i)
         self.rings, self.latents, self.seed = rings, latents, seed
         counts = Counter(r.kind for r in rings)
-        self.weights = torch.tensor([counts[r.kind] ** -0.5 for r in rings])  # a hundred trees must not hide five hearts
+        # a hundred trees must not hide five hearts
+        self.weights = torch.tensor([counts[r.kind] ** -0.5 for r in rings])
         self.view_counts, self.views_per_batch, self.drop_text = view_counts, views_per_batch, drop_text
         self.ring_length = len(latents[0])
         bad = [n for n in view_counts if self.ring_length % n]

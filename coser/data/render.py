@@ -69,7 +69,10 @@ def _render_one(job: tuple[Asset, int, Path, int, int, str]) -> None:
 
 def render_assets(assets: list[Asset], output: Path, rings: int = 1, num_views: int = 24, size: int = 256,
                   device: str = "cpu", workers: int = 1) -> None:
-    """Renders `rings` rings of every asset into `output`; on CUDA in this process, on a CPU over `workers` processes."""
+    """Renders `rings` rings of every asset into `output`.
+
+    On CUDA in this process, on a CPU over `workers` processes.
+    """
     output.mkdir(parents=True, exist_ok=True)
     known = {}
     if (output / "index.jsonl").is_file():

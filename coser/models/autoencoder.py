@@ -14,23 +14,30 @@ VIEW_CHANNELS = 5  # premultiplied RGB, alpha, nearness
 PATCH = 4  # the outermost factor of four is a pixel shuffle: no work is done at full resolution
 
 
-# The network sees and puts out decorrelated features: brightness, two hue axes, coverage, and nearness as its difference
-# from a middling one. Hues and depth vary far less than coverage does; at their own size they are learnt last (measured: a
-# model fed with plain channels was still grey after 13,000 views, and gained 3 dB within 3,000 once hues were enlarged).
+# The network sees and puts out decorrelated features: brightness, two hue axes, coverage, and nearness as its
+# difference from a middling one. Hues and depth vary far less than coverage does; at their own size they are learnt
+# last (measured: a model fed with plain channels was still grey after 13,000 views, and gained 3 dB within 3,000 once
+# hues were enlarged).
 HUE_GAIN, DEPTH_GAIN_IN, DEPTH_GAIN_OUT, MIDDLE = 3.0, 4.0, 2.0, 0.52
 COLOR_AXES = torch.tensor([[3**-0.5, 3**-0.5, 3**-0.5], [2**-0.5, 0, -(2**-0.5)], [6**-0.5, -2 * 6**-0.5, 6**-0.5]])
 COLOR_GAINS = torch.tensor([1.0, HUE_GAIN, HUE_GAIN])[:, None]
 
 
 def channels_to_features(channels: Tensor) -> Tensor:
-    """Channels [B,5,H,W] in [0,1] => what the network sees: brightness, two hues, alpha, relative nearness; about [-2,2]."""
+    """Channels [B,5,H,W] in [0,1] => what the network sees, about [-2,2].
+
+    Brightness, two hues, alpha, relative nearness.
+    """
     color, alpha, nearness = channels.split((3, 1, 1), 1)
     color = torch.einsum("kc,bchw->bkhw", (COLOR_AXES * COLOR_GAINS).to(channels), color * 2 - 1)
     return torch.cat([color, alpha * 2 - 1, DEPTH_GAIN_IN * (nearness - MIDDLE * alpha)], 1)
 
 
 def features_to_channels(features: Tensor) -> Tensor:
-    """What the network puts out => channels [B,5,H,W]; hues and depth are enlarged here too: not the inverse of the other."""
+    """What the network puts out => channels [B,5,H,W].
+
+    Hues and depth are enlarged here too: not the inverse of the other.
+    """
     color, alpha, nearness = features.split((3, 1, 1), 1)
     color = torch.einsum("kc,bkhw->bchw", (COLOR_AXES * COLOR_GAINS).to(features), color) / 2 + 0.5
     alpha = alpha / 2 + 0.5
@@ -43,7 +50,8 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(channels // 16, channels), nn.GroupNorm(channels // 16, channels)
-        self.conv1, self.conv2 = nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
@@ -85,7 +93,8 @@ class ViewAutoencoder(ModelMixin, ConfigMixin):
 
     def encode(self, channels: Tensor) -> Tensor:
         """[B,5,H,W] in [0,1], H and W multiples of 16 => raw latents [B,C,H/16,W/16]."""
-        assert channels.shape[1] == VIEW_CHANNELS and channels.shape[2] % 16 == 0 == channels.shape[3] % 16, channels.shape
+        shape = channels.shape
+        assert shape[1] == VIEW_CHANNELS and shape[2] % 16 == 0 == shape[3] % 16, shape
         return self.encoder(channels_to_features(channels).contiguous(memory_format=torch.channels_last))
 
     def decode(self, raw_latents: Tensor) -> Tensor:
@@ -113,6 +122,9 @@ class ViewAutoencoder(ModelMixin, ConfigMixin):
         return channels_to_views(self.decode((latents.float() * std + mean).to(self.dtype)))
 
     def latents_to_preview(self, latents: Tensor) -> ViewSet:
-        """Normalised latents [N,C,h,w] => a rough ViewSet of N views at 4h x 4w, float32; for watching, not for meshes."""
+        """Normalised latents [N,C,h,w] => a rough ViewSet of N views at 4h x 4w, float32.
+
+        For watching, not for meshes.
+        """
         mean, std = self._statistics(latents)
         return channels_to_views(self.decode_preview((latents.float() * std + mean).to(self.dtype)))
