@@ -28,7 +28,6 @@ PRESETS = {
 OBJECT_WEIGHT = 4.0  # most pixels are background: unweighted, the model collapses to it
 DEPTH_WEIGHT = 1.5
 HUE_WEIGHT, COARSE_WEIGHT = 2.0, 1.0
-NOISE_ON_LATENTS = 0.05  # of a latent's standard deviation: the decoder must forgive the denoiser's errors
 KL_WEIGHT = 1e-5  # keeps the raw latents near unit scale
 
 
@@ -36,6 +35,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help="views a step, else the preset's")
     parser.add_argument("--freeze-encoder", action="store_true",
                         help="train the decoder only: existing latents stay valid")
+    # the decoder must forgive the denoiser's errors
+    parser.add_argument("--noise", type=float, default=0.05, help="on latents while training, in standard deviations "
+                        "of each channel; a view gets up to twice as much")
     parser.add_argument("--start", type=Path, help="autoencoder folder to start from instead of random weights")
 
 
@@ -119,7 +121,9 @@ def run(options: argparse.Namespace, loop: Options) -> None:
         penalty = KL_WEIGHT * latents.float().square().mean()
         generator = torch.Generator(latents.device).manual_seed(options.seed * 1_000_003 + step)
         noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
-        noisy = latents + (noise * NOISE_ON_LATENTS * latents.detach().float().std()).to(latents.dtype)
+        amount = 2 * options.noise * torch.rand(len(latents), 1, 1, 1, generator=generator, device=latents.device)
+        spread = latents.detach().float().std((0, 2, 3), keepdim=True)
+        noisy = latents + (noise * amount * spread).to(latents.dtype)
         loss = reconstruction_loss(model.decode(noisy).float(), target)
         small = model.decode_preview(latents.detach()).float()
         loss = loss + (small - F.avg_pool2d(target, target.shape[-1] // small.shape[-1])).abs().mean()
