@@ -1,4 +1,4 @@
-"""The optimiser of all trainings: fp32 masters, Muon for matrices, AdamW for the rest, and an average of the weights.
+"""The optimiser of all trainings: fp32 masters, AdamW, Muon for matrices if asked, and an average of the weights.
 
 The model computes in its own dtype (bf16 on machines that are quick in it); gradients move fp32 masters, which are
 copied back. Convolution kernels are matrices here, [out, in*k*k]. Its whole state is a flat dict of tensors:

@@ -49,7 +49,7 @@ def add_common_options(parser: argparse.ArgumentParser, presets: list[str]) -> N
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="dtype of the computation")
     parser.add_argument("--data-on-device", action="store_true", help="keep the whole data set on the device")
-    parser.add_argument("--adamw", action="store_true", help="AdamW for all weights instead of Muon for matrices")
+    parser.add_argument("--muon", action="store_true", help="Muon for matrices instead of AdamW for all weights")
     parser.add_argument("--save-every", type=int, default=500)
     parser.add_argument("--evaluate-every", type=int, default=500)
     parser.add_argument("--log-every", type=int, default=20)

@@ -107,7 +107,7 @@ def run(options: argparse.Namespace, loop: Options) -> None:
         model.encoder.requires_grad_(False)
         started = ViewAutoencoder.load_config(options.start)
         model.register_to_config(latent_mean=started["latent_mean"], latent_std=started["latent_std"])
-    optimizer = MasterOptimizer(model, lr=options.lr or preset["lr"], use_muon=not options.adamw)
+    optimizer = MasterOptimizer(model, lr=options.lr or preset["lr"], use_muon=options.muon)
     batches = ViewBatches(list_rings(options.renders, options.limit), options.batch_size or preset["batch_size"],
                           options.seed, options.device, options.data_on_device)
     upcoming = Prefetched(batches)

@@ -180,7 +180,7 @@ def run(options: argparse.Namespace, loop: Options) -> None:
                           options.views_per_batch or preset["views_per_batch"], DROP_TEXT)
     held_latents, held_elevations = encode_rings(vae, options.autoencoder, held_out, cache)
     texts = encode_captions(pipeline, [c for r in rings + held_out for c in r.captions + r.short_captions])
-    optimizer = MasterOptimizer(unet, lr=options.lr or preset["lr"], ema_decay=options.ema, use_muon=not options.adamw)
+    optimizer = MasterOptimizer(unet, lr=options.lr or preset["lr"], ema_decay=options.ema, use_muon=options.muon)
     print(f"denoiser: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters, {options.dtype} on "
           f"{options.device}, {len(rings)} rings of {batches.ring_length} views, "
           f"{len(texts.states)} captions", flush=True)
