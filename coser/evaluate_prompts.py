@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from coser.cameras import Cameras
-from coser.metrics import cross_render_psnr, render_mesh, silhouette_iou
+from coser.metrics import cross_render_psnr, psnr, render_mesh, silhouette_iou
 from coser.pipeline import CoSERPipeline, MultiviewStep
 from coser.reconstruction import Mesh, reconstruct
 from coser.views import views_to_uint8
@@ -54,9 +54,9 @@ def evaluate_prompts(pipeline: CoSERPipeline, prompts: Iterable[str], seed: int 
         mesh = reconstruct(views, cameras)
         seconds = time.perf_counter() - began
         seen = render_mesh(mesh, cameras, views.views.shape[-1])
-        error = (seen.on_background() - views.on_background()).square().mean((1, 2, 3)).clamp_min(1e-10)
+        own_psnr = psnr(seen.on_background(), views.on_background())
         score = PromptScore(prompt, seconds, len(mesh.faces), mesh.is_watertight,
-                            float(cross_render_psnr(views, cameras).median()), float((-10 * error.log10()).mean()),
+                            float(cross_render_psnr(views, cameras).median()), float(own_psnr.mean()),
                             float(silhouette_iou(seen.masks, views.masks).mean()), float(views.masks.mean()))
         yield score, result, mesh
 

@@ -15,7 +15,7 @@ from coser.data.dataset import Prefetched, ViewBatches, held_out_views, list_rin
 from coser.models.autoencoder import ViewAutoencoder
 from coser.optimizer import MasterOptimizer
 from coser.train_loop import Log, Options, train_loop
-from coser.views import (FAR, NEAR, ViewSet, channels_to_views, depths_to_uint8, picture_grid, views_to_channels,
+from coser.views import (ViewSet, channels_to_views, depths_to_uint8, picture_grid, views_to_channels,
                          views_to_uint8)
 
 VERB = "autoencoder"

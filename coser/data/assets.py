@@ -15,6 +15,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,9 +73,9 @@ def list_assets(folder: str | Path, split: str | None = None, min_quality: int =
     return assets
 
 
-def last_word(asset: Asset) -> str:
-    """The noun that names the kind of object: "oak tree" -> "tree"."""
-    return asset.object.split()[-1].lower() if asset.object else ""
+def last_word(asset: Any) -> str:
+    """The noun that names the kind of whatever has an `object` (an asset, a ring): "oak tree" -> "tree"."""
+    return (asset.object.split() or [""])[-1].lower()
 
 
 def _packed_asset(folder: Path, row: dict) -> Asset:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from coser.cameras import Cameras
+from coser.data.assets import last_word
 from coser.data.render import load_ring, ring_to_views
 from coser.views import ViewSet, views_to_channels
 
@@ -52,7 +53,7 @@ class Ring:
     @property
     def kind(self) -> str:
         """The last word of the object: "oak tree" -> "tree"."""
-        return (self.object.split() or [""])[-1].lower()
+        return last_word(self)
 
 
 def list_rings(renders: str | Path, limit: int | None = None, min_kind_count: int = 1) -> list[Ring]:
