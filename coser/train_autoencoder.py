@@ -26,7 +26,7 @@ PRESETS = {
                  batch_size=2, lr=1e-3),
 }
 OBJECT_WEIGHT = 4.0  # most pixels are background: unweighted, the model collapses to it
-DEPTH_WEIGHT = 1.5
+DEPTH_WEIGHT = 2.5
 HUE_WEIGHT, COARSE_WEIGHT = 2.0, 1.0
 KL_WEIGHT = 1e-5  # keeps the raw latents near unit scale
 
@@ -39,6 +39,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--noise", type=float, default=0.05, help="on latents while training, in standard deviations "
                         "of each channel; a view gets up to twice as much")
     parser.add_argument("--start", type=Path, help="autoencoder folder to start from instead of random weights")
+    # the loss touches every full-size pixel some sixty times: 0.45 s of a step's 1.3 s on one core, 0.12 s when fused
+    parser.add_argument("--compile", action="store_true", help="compile the loss; needs a C++ compiler")
 
 
 def reconstruction_loss(predicted: Tensor, target: Tensor) -> Tensor:
@@ -111,6 +113,7 @@ def run(options: argparse.Namespace, loop: Options) -> None:
     batches = ViewBatches(list_rings(options.renders, options.limit), options.batch_size or preset["batch_size"],
                           options.seed, options.device, options.data_on_device)
     upcoming = Prefetched(batches)
+    distance = torch.compile(reconstruction_loss) if options.compile else reconstruction_loss
     held_out = held_out_views(list_rings(options.held_out))
     print(f"autoencoder: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {options.dtype} on "
           f"{options.device}, {len(batches.rings)} training rings, {len(held_out)} held-out views", flush=True)
@@ -124,7 +127,7 @@ def run(options: argparse.Namespace, loop: Options) -> None:
         amount = 2 * options.noise * torch.rand(len(latents), 1, 1, 1, generator=generator, device=latents.device)
         spread = latents.detach().float().std((0, 2, 3), keepdim=True)
         noisy = latents + (noise * amount * spread).to(latents.dtype)
-        loss = reconstruction_loss(model.decode(noisy).float(), target)
+        loss = distance(model.decode(noisy).float(), target)
         small = model.decode_preview(latents.detach()).float()
         loss = loss + (small - F.avg_pool2d(target, target.shape[-1] // small.shape[-1])).abs().mean()
         return loss + penalty, {"latent_rms": latents.detach().float().square().mean().sqrt()}

@@ -59,6 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--views-per-batch", type=int, help="views a step, else the preset's")
     parser.add_argument("--view-counts", type=int, nargs="+", help="ring sizes drawn in training, else the preset's")
     parser.add_argument("--min-kind-count", type=int, default=1, help="only kinds of objects with so many assets")
+    parser.add_argument("--start", type=Path, help="pipeline folder whose UNet to start from instead of random weights")
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
 
 
@@ -166,7 +167,10 @@ def run(options: argparse.Namespace, loop: Options) -> None:
     torch.manual_seed(options.seed)
     stored_vae = ViewAutoencoder.from_pretrained(options.autoencoder, dtype=torch.float16)
     vae = copy.deepcopy(stored_vae).to(options.device, dtype, memory_format=torch.channels_last).eval()
-    unet = MultiviewUNet(**preset["model"]).to(options.device, dtype, memory_format=torch.channels_last)
+    unet = MultiviewUNet(**preset["model"])
+    if options.start:
+        start_from(unet, options.start)
+    unet = unet.to(options.device, dtype, memory_format=torch.channels_last)
     pipeline = CoSERPipeline(vae=vae, text_encoder=SentenceTextEncoder(), tokenizer=load_tokenizer(), unet=unet,
                              scheduler=small_scheduler()).to(options.device)
     pipeline.set_progress_bar_config(disable=True)
@@ -221,6 +225,15 @@ def run(options: argparse.Namespace, loop: Options) -> None:
     chosen = {k: str(v) for k, v in vars(options).items() if k != "run_verb"}
     (loop.run / "options.json").write_text(json.dumps(chosen, indent=1))
     train_loop(optimizer, loss_of_step, save_weights, evaluate, loop)
+
+
+def start_from(unet: MultiviewUNet, folder: Path) -> None:
+    """Gives `unet` the weights of the pipeline in `folder`. Raises ValueError when that one is of another shape."""
+    found = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    wanted = {name: weight.shape for name, weight in unet.state_dict().items()}
+    if wanted != {name: weight.shape for name, weight in found.items()}:
+        raise ValueError(f"start must be a pipeline whose UNet is of the preset's shape, got {folder}")
+    unet.load_state_dict(found)
 
 
 def save_pipeline(pipeline: CoSERPipeline, vae: ViewAutoencoder, unet: MultiviewUNet, folder: Path) -> None:
