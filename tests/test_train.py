@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from coser import train_denoiser, train_loop
@@ -178,6 +179,32 @@ def test_a_frozen_encoder_is_saved_bit_by_bit_with_its_statistics(options, finis
     assert before.config.latent_mean == after.config.latent_mean and before.config.latent_std == after.config.latent_std
     assert all(torch.equal(v, after.encoder.state_dict()[k]) for k, v in before.encoder.state_dict().items())
     assert any(not torch.equal(v, after.decoder.state_dict()[k]) for k, v in before.decoder.state_dict().items())
+
+
+def test_a_denoiser_starts_from_the_weights_it_is_given(options, finished, tmp_path):
+    start = checkpoints(finished("denoiser"))[-1]
+    main([*options["denoiser"], "--run", str(tmp_path / "run"), "--steps", "1", "--start", str(start), "--lr", "1e-9"])
+    weights = [load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+               for folder in (start, checkpoints(tmp_path / "run")[-1])]
+    assert all(torch.allclose(weights[0][k], weights[1][k], rtol=1e-3, atol=1e-6) for k in weights[0])
+
+
+def test_a_start_of_another_shape_is_refused(options, finished, tmp_path):
+    start = tmp_path / "other"
+    shutil.copytree(checkpoints(finished("denoiser"))[-1] / "unet", start / "unet")
+    file = start / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights.pop(next(iter(weights)))
+    save_file(weights, file)
+    with pytest.raises(ValueError, match="start must be a pipeline"):
+        main([*options["denoiser"], "--run", str(tmp_path / "run"), "--steps", "1", "--start", str(start)])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling the loss needs a C++ compiler")
+def test_a_compiled_loss_is_the_same_loss(options, finished, tmp_path):
+    main([*options["autoencoder"], "--run", str(tmp_path / "run"), "--steps", "1", "--compile"])
+    (loss, norm), (expected, expected_norm) = losses(tmp_path / "run")[1], losses(finished("autoencoder"))[1]
+    assert loss == pytest.approx(expected, rel=1e-3) and norm == pytest.approx(expected_norm, rel=0.02)
 
 
 class Clock:
