@@ -229,11 +229,10 @@ def run(options: argparse.Namespace, loop: Options) -> None:
 
 def start_from(unet: MultiviewUNet, folder: Path) -> None:
     """Gives `unet` the weights of the pipeline in `folder`. Raises ValueError when that one is of another shape."""
-    found = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-    wanted = {name: weight.shape for name, weight in unet.state_dict().items()}
-    if wanted != {name: weight.shape for name, weight in found.items()}:
-        raise ValueError(f"start must be a pipeline whose UNet is of the preset's shape, got {folder}")
-    unet.load_state_dict(found)
+    try:
+        unet.load_state_dict(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
+    except RuntimeError as error:  # torch names the weights that differ
+        raise ValueError(f"start must be a pipeline whose UNet is of the preset's shape, got {folder}") from error
 
 
 def save_pipeline(pipeline: CoSERPipeline, vae: ViewAutoencoder, unet: MultiviewUNet, folder: Path) -> None:
