@@ -6,7 +6,7 @@ from diffusers import UNet2DConditionModel
 
 from coser.cameras import Cameras
 from coser.models.block import MIXERS, NEEDS_WEIGHTS
-from coser.models.unet import MultiviewUNet, camera_features
+from coser.models.unet import RAY_CHANNELS, MultiviewUNet, camera_features, ray_maps
 
 SMALL = dict(sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
              down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=12, norm_num_groups=4,
@@ -24,8 +24,9 @@ def build(seed=0, awake=True, **options):
     model = MultiviewUNet(unet=dict(SMALL), **{**NARROW, **options}).eval()
     if awake:
         for name, parameter in model.named_parameters():
-            if (".to_out.weight" in name and any(m in name for m in NEEDS_WEIGHTS)) or "class_embedding" in name:
-                torch.nn.init.normal_(parameter, std=0.2)
+            mixes = ".to_out.weight" in name and any(m in name for m in NEEDS_WEIGHTS)
+            if mixes or "class_embedding" in name or "conv_in.rays" in name:
+                torch.nn.init.normal_(parameter, std=0.1 if "rays" in name else 0.2)  # rays have many taps
     return model
 
 
@@ -93,6 +94,33 @@ def test_camera_features_by_hand():
     torch.testing.assert_close(features[:, :2], expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(features[:, 2:], torch.tensor([[0.5, 0.75**0.5, 0.5]]).expand(4, -1))
     assert camera_features(Cameras.orbit(1), absolute_azimuth=False)[0, 2] == 0
+
+
+def test_ray_maps_by_hand():
+    maps = ray_maps(Cameras.orbit(4, elevation=0, distance=2), 3)
+    assert maps.shape == (4, RAY_CHANNELS, 3, 3)
+    centre = maps[:, :, 1, 1]  # the middle pixel looks along the camera's axis, through the origin
+    expected = torch.tensor([[0, 0, -1], [-1, 0, 0], [0, 0, 1], [1, 0, 0]], dtype=torch.float32)
+    torch.testing.assert_close(centre[:, :3], expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(centre[:, 3:6], torch.zeros(4, 3), rtol=0, atol=1e-6)
+    directions, nearest = maps[:, :3], maps[:, 3:6]
+    torch.testing.assert_close(directions.norm(dim=1), torch.ones(4, 3, 3))
+    torch.testing.assert_close((directions * nearest).sum(1), torch.zeros(4, 3, 3), rtol=0, atol=1e-6)
+    torch.testing.assert_close(maps[:, 9:12], (torch.pi * nearest).sin())
+    assert nearest[0, 1, 0, 1] > 0 > nearest[0, 0, 1, 0]  # the top row looks above the origin, the left column beside
+
+
+def test_without_absolute_azimuth_rays_tell_the_elevation_alone():
+    maps = ray_maps(Cameras.orbit(5, elevation=30), 4, absolute_azimuth=False)
+    torch.testing.assert_close(maps, maps[:1].expand(5, -1, -1, -1), rtol=0, atol=1e-6)
+    assert not torch.allclose(maps[0], ray_maps(Cameras.orbit(1, elevation=0), 4, absolute_azimuth=False)[0], atol=0.1)
+
+
+def test_without_ray_maps_there_are_no_weights_for_them():
+    model, (latents, timesteps, text) = build(ray_maps=False), inputs()
+    assert not [name for name, _ in model.named_parameters() if "rays" in name]
+    with torch.no_grad():
+        assert model(latents, timesteps, text, Cameras.orbit(3)).shape == latents.shape
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

@@ -92,18 +92,22 @@ class ViewAutoencoder(ModelMixin, ConfigMixin):
             nn.Conv2d(c8, patch_channels, 1), nn.PixelShuffle(PATCH))
 
     def encode(self, channels: Tensor) -> Tensor:
-        """[B,5,H,W] in [0,1], H and W multiples of 16 => raw latents [B,C,H/16,W/16]."""
+        """[B,5,H,W] in [0,1], H and W multiples of 16 => raw latents [B,C,H/16,W/16] in the weights' dtype."""
         shape = channels.shape
         assert shape[1] == VIEW_CHANNELS and shape[2] % 16 == 0 == shape[3] % 16, shape
-        return self.encoder(channels_to_features(channels).contiguous(memory_format=torch.channels_last))
+        features = channels_to_features(channels.float()).to(self.dtype)
+        return self.encoder(features.contiguous(memory_format=torch.channels_last))
 
     def decode(self, raw_latents: Tensor) -> Tensor:
-        """Raw latents [B,C,h,w] => [B,5,16h,16w], about [0,1]."""
-        return features_to_channels(self.decoder(raw_latents.contiguous(memory_format=torch.channels_last)))
+        """Raw latents [B,C,h,w] => float32 [B,5,16h,16w], about [0,1].
+
+        The last step is float32: in bfloat16 nearness would come in steps of .004, a third of what depth may err by.
+        """
+        return features_to_channels(self.decoder(raw_latents.contiguous(memory_format=torch.channels_last)).float())
 
     def decode_preview(self, raw_latents: Tensor) -> Tensor:
-        """Raw latents [B,C,h,w] => a rough [B,5,4h,4w], about [0,1]."""
-        return features_to_channels(self.preview(raw_latents.contiguous(memory_format=torch.channels_last)))
+        """Raw latents [B,C,h,w] => a rough float32 [B,5,4h,4w], about [0,1]."""
+        return features_to_channels(self.preview(raw_latents.contiguous(memory_format=torch.channels_last)).float())
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         if self.config.latent_std is None:
@@ -114,7 +118,7 @@ class ViewAutoencoder(ModelMixin, ConfigMixin):
     def views_to_latents(self, views: ViewSet) -> Tensor:
         """ViewSet of N views => normalised latents [N,C,H/16,W/16], float32."""
         mean, std = self._statistics(views.views)
-        return (self.encode(views_to_channels(views).to(self.dtype)).float() - mean) / std
+        return (self.encode(views_to_channels(views)).float() - mean) / std
 
     def latents_to_views(self, latents: Tensor) -> ViewSet:
         """Normalised latents [N,C,h,w] => ViewSet of N views at 16h x 16w, float32."""
