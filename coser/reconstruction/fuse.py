@@ -13,13 +13,13 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from skimage.measure import marching_cubes
 from torch import Tensor
 
 from coser.cameras import Cameras, pixel_centers
 from coser.reconstruction.floor import cut_floor
 from coser.reconstruction.maps import ViewMaps, pixel_size, view_maps
 from coser.reconstruction.sheets import thicken_sheets
+from coser.reconstruction.surface import closed_surface
 from coser.views import ViewSet
 
 FINEST = 1.5  # pixels; a finer grid would cost time and show nothing more
@@ -55,13 +55,7 @@ def fuse(views: ViewSet, cameras: Cameras, resolution: int = 128) -> tuple[np.nd
     lowest = float(seen[:, 1].kthvalue(min(stray, len(seen))).values)
     lowest -= float(pixel * torch.deg2rad(cameras.elevations.mean()).cos()) / 2  # half a pixel below its centre
     grid = cut_floor(distances.cpu().numpy(), told.cpu().numpy(), axes[1].cpu().numpy(), lowest, truncation)
-    grid = np.pad(grid, 1, constant_values=truncation)
-    np.copyto(grid, 1e-4 * voxel, where=np.abs(grid) < 1e-4 * voxel)  # a corner exactly on the surface makes slivers
-    if not (grid < 0).any():
-        raise ValueError("views show nothing that at least two of them agree on: no surface was found")
-    vertices, faces, _, _ = marching_cubes(grid, 0.0)
-    origin = np.array([float(axis[0]) for axis in axes], np.float32)
-    return ((vertices - 1) * voxel + origin).astype(np.float32), faces.astype(np.int64), voxel
+    return closed_surface(grid, axes, voxel)
 
 
 def signed_distances(points: Tensor, maps: ViewMaps, cameras: Cameras, truncation: float) -> tuple[Tensor, Tensor]:
