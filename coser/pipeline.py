@@ -12,14 +12,18 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from coser.cameras import ELEVATION, Cameras
+from coser.metrics import render_mesh
 from coser.models.autoencoder import ViewAutoencoder
 from coser.models.text_encoder import SentenceTextEncoder
 from coser.models.unet import MultiviewUNet
+from coser.reconstruction import reconstruct
 from coser.views import ViewSet
 
 NUM_VIEWS = (4, 24)
 MAX_TOKENS = 64  # longer prompts are cut: captions of training have at most half as many
 ELEVATIONS = (0.0, 30.0)  # degrees, as trained
+FUSED_AT = (0.5, 0.65, 0.8, 0.9, 0.95)  # of a run's steps; earlier estimates show too little to fuse
+FUSED_RESOLUTION, FUSED_FACES = 80, 8000
 
 
 @dataclass(frozen=True)
@@ -92,15 +96,17 @@ class CoSERPipeline(DiffusionPipeline):
     @torch.no_grad()
     def stream(self, prompt: str, *, num_views: int = 12, elevation: float = ELEVATION, guidance_scale: float = 4.0,
                num_inference_steps: int = 20, negative_prompt: str = "", generator: torch.Generator | None = None,
-               latents: Tensor | None = None, mixers: tuple[str, ...] | None = None) -> Iterator[MultiviewStep]:
+               latents: Tensor | None = None, mixers: tuple[str, ...] | None = None,
+               consistency: float = 0.0) -> Iterator[MultiviewStep]:
         """Denoises a ring of views and yields every step; the last one carries the finished views.
 
         prompt: one sentence. num_views: 4..24. elevation: degrees, 0..30. guidance_scale: >= 1, 1 = no guidance.
         num_inference_steps: >= 1. negative_prompt: what to move away from. generator: source of the starting noise.
-        latents [N,C,h,w]: starting noise instead. mixers: the active subset of the UNet's. Raises ValueError, when
-        first read, for anything else.
+        latents [N,C,h,w]: starting noise instead. mixers: the active subset of the UNet's. consistency: 0..1; at a few
+        late steps the views are fused, and this share of the estimate is replaced by what the object looks like (3D-aware
+        denoising, as in VideoMV, Zuo et al. 2024). Raises ValueError, when first read, for anything else.
         """
-        check_arguments(prompt, num_views, elevation, guidance_scale, num_inference_steps, negative_prompt)
+        check_arguments(prompt, num_views, elevation, guidance_scale, num_inference_steps, negative_prompt, consistency)
         guided = guidance_scale > 1
         embeds = self.encode_prompt([negative_prompt, prompt] if guided else [prompt])
         cameras = Cameras.orbit(num_views, elevation).to(self._execution_device)
@@ -109,9 +115,13 @@ class CoSERPipeline(DiffusionPipeline):
         timesteps = self.scheduler.timesteps
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
+        fused = {int(share * len(timesteps)) for share in FUSED_AT}
         for i, timestep in enumerate(timesteps):
             prediction = self._predict(latents, timestep, embeds, cameras, guidance_scale, mixers)
             denoised = self._denoised(prediction, latents, timestep, i)
+            if consistency > 0 and i in fused:
+                denoised = self._agreed(denoised, cameras, consistency)
+                prediction = self._prediction_for(denoised, latents, timestep, i)
             latents = self.scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
             last = i == len(timesteps) - 1
             views = self.latents_to_views(latents) if last else self.latents_to_views(denoised, preview=True)
@@ -140,24 +150,46 @@ class CoSERPipeline(DiffusionPipeline):
 
     def _denoised(self, prediction: Tensor, latents: Tensor, timestep: Tensor, index: int) -> Tensor:
         """The estimate of the clean latents that a prediction stands for."""
+        of_latents, of_prediction = self._estimate(timestep, index)
+        return of_latents * self._scaled(latents, timestep) + of_prediction * prediction
+
+    def _prediction_for(self, denoised: Tensor, latents: Tensor, timestep: Tensor, index: int) -> Tensor:
+        """The prediction that stands for an estimate of the clean latents; the inverse of `_denoised`."""
+        of_latents, of_prediction = self._estimate(timestep, index)
+        return (denoised - of_latents * self._scaled(latents, timestep)) / of_prediction
+
+    def _estimate(self, timestep: Tensor, index: int) -> tuple[Tensor | float, Tensor | float]:
+        """a and b of: clean latents = a * (latents as the UNet knows them) + b * prediction."""
         kind = self.scheduler.config.get("prediction_type", "flow_prediction")
         if kind == "flow_prediction":  # latents = (1 - sigma) clean + sigma noise, prediction = noise - clean
-            return latents - self.scheduler.sigmas[index].to(latents.device) * prediction
+            return 1.0, -self.scheduler.sigmas[index].to(self._execution_device)
         if kind == "sample":
-            return prediction
+            return 0.0, 1.0
         # whatever the scheduler keeps, scaled = sqrt(alpha) clean + sqrt(1 - alpha) noise
-        scaled = self._scaled(latents, timestep)
         if hasattr(self.scheduler, "sigmas"):  # of noise against signal, also between the trained timesteps
-            alpha = 1 / (1 + self.scheduler.sigmas[index].to(latents.device).square())
+            alpha = 1 / (1 + self.scheduler.sigmas[index].to(self._execution_device).square())
         else:
-            alpha = self.scheduler.alphas_cumprod.to(latents.device)[timestep.long()]
+            alpha = self.scheduler.alphas_cumprod.to(self._execution_device)[timestep.long()]
         if kind == "v_prediction":
-            return alpha.sqrt() * scaled - (1 - alpha).sqrt() * prediction
-        return (scaled - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
+            return alpha.sqrt(), -(1 - alpha).sqrt()
+        return 1 / alpha.sqrt(), -((1 - alpha) / alpha).sqrt()
+
+    def _agreed(self, denoised: Tensor, cameras: Cameras, share: float) -> Tensor:
+        """The estimate [N,C,h,w] with `share` of it replaced by what its views, fused, look like from their cameras.
+
+        As it is where the views show no surface yet.
+        """
+        views = self.latents_to_views(denoised)
+        try:
+            mesh = reconstruct(views, cameras, resolution=FUSED_RESOLUTION, max_faces=FUSED_FACES)
+        except ValueError:
+            return denoised
+        seen = render_mesh(mesh, cameras, views.views.shape[-1]).to(denoised.device)
+        return torch.lerp(denoised, self.vae.views_to_latents(seen), share)
 
 
 def check_arguments(prompt: str, num_views: int, elevation: float, guidance_scale: float, num_inference_steps: int,
-                    negative_prompt: str) -> None:
+                    negative_prompt: str, consistency: float = 0.0) -> None:
     """Raises ValueError naming argument, value and what is allowed, for the first argument that is wrong."""
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         if not isinstance(text, str):
@@ -166,7 +198,8 @@ def check_arguments(prompt: str, num_views: int, elevation: float, guidance_scal
     for name, value, low, high in whole:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
-    numbers = (("elevation", elevation, *ELEVATIONS), ("guidance_scale", guidance_scale, 1.0, 100.0))
+    numbers = (("elevation", elevation, *ELEVATIONS), ("guidance_scale", guidance_scale, 1.0, 100.0),
+               ("consistency", consistency, 0.0, 1.0))
     for name, value, low, high in numbers:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             raise ValueError(f"{name} must be a number from {low} to {high}, got {value!r}")

@@ -8,15 +8,21 @@ from coser.cameras import Cameras
 from coser.data.dataset import RingBatch, list_rings
 from coser.data.render import load_ring
 from coser.models.block import MIXERS
-from coser.train_denoiser import (SHIFT, drop_mixers, encode_captions, encode_rings, flow_loss, noise_levels,
-                                  small_scheduler)
+from coser.train_denoiser import (SHIFT, TRAINING_SHIFT, drop_mixers, encode_captions, encode_rings, flow_loss,
+                                  noise_levels, small_scheduler)
 
 
 def test_noise_levels_lie_between_nothing_and_all_shifted_towards_noise():
     levels = noise_levels(20_000, torch.Generator().manual_seed(0))
-    assert 0 < float(levels.min()) and float(levels.max()) < 1
-    middle = SHIFT * 0.5 / (1 + (SHIFT - 1) * 0.5)  # where the shift puts the median of a logit-normal
+    assert 0 <= float(levels.min()) < 0.01 and 0.999 < float(levels.max()) <= 1
+    middle = TRAINING_SHIFT * 0.5 / (1 + (TRAINING_SHIFT - 1) * 0.5)  # where the shift puts the median
     assert float(levels.median()) == pytest.approx(middle, abs=0.01)
+
+
+def test_noise_levels_do_not_leave_out_what_a_sampler_begins_with():
+    levels, first = noise_levels(20_000, torch.Generator().manual_seed(0)), small_scheduler()
+    first.set_timesteps(20)
+    assert float((levels > float(first.sigmas[2])).float().mean()) > 0.1
 
 
 def test_sampling_goes_from_pure_noise_to_none_on_the_same_shift():

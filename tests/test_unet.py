@@ -6,7 +6,7 @@ from diffusers import UNet2DConditionModel
 
 from coser.cameras import Cameras
 from coser.models.block import MIXERS, NEEDS_WEIGHTS
-from coser.models.unet import RAY_CHANNELS, MultiviewUNet, camera_features, ray_maps
+from coser.models.unet import RAY_CHANNELS, ConditionEmbedding, MultiviewUNet, camera_features, harmonics, ray_maps
 
 SMALL = dict(sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
              down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=12, norm_num_groups=4,
@@ -94,6 +94,30 @@ def test_camera_features_by_hand():
     torch.testing.assert_close(features[:, :2], expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(features[:, 2:], torch.tensor([[0.5, 0.75**0.5, 0.5]]).expand(4, -1))
     assert camera_features(Cameras.orbit(1), absolute_azimuth=False)[0, 2] == 0
+
+
+def test_harmonics_by_hand():
+    waves = harmonics(camera_features(Cameras.orbit(8, elevation=30)))
+    turn = torch.arange(8) * torch.pi / 4
+    for k in range(4):
+        torch.testing.assert_close(waves[:, k], ((k + 1) * turn).sin(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(waves[:, 4 + k], ((k + 1) * turn).cos(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(waves[:, 8:], torch.tensor([[0.5, 0.75**0.5, 0.25]]).expand(8, -1))
+
+
+def test_what_a_turn_means_depends_on_the_text_once_products_are_learnt():
+    torch.manual_seed(0)
+    embedding = ConditionEmbedding(5 + 6, 16, pooled_dim=6)
+    camera = camera_features(Cameras.orbit(4))
+    texts = torch.randn(2, 1, 6)
+    features = torch.cat([camera.expand(2, -1, -1), texts.expand(-1, 4, -1)], -1)
+    assert not embedding(features.flatten(0, 1)).any()  # silent at first
+    torch.nn.init.normal_(embedding.product_out.weight)
+    with torch.no_grad():
+        one, other = embedding(features.flatten(0, 1)).unflatten(0, (2, 4))
+    assert not torch.allclose(one - one[:1], other - other[:1], atol=0.1)
+    embedding(features.flatten(0, 1)).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in embedding.named_parameters() if "product" in n)
 
 
 def test_ray_maps_by_hand():

@@ -29,6 +29,7 @@ def camera_features(cameras: Cameras, absolute_azimuth: bool = True) -> Tensor:
 
 
 RAY_CHANNELS = 24
+HARMONICS = 4  # of the azimuth: a box looks the same after a half turn, a cross after a quarter
 
 
 def ray_maps(cameras: Cameras, size: int, absolute_azimuth: bool = True) -> Tensor:
@@ -70,17 +71,43 @@ class RayConv2d(nn.Conv2d):
 
 
 class ConditionEmbedding(nn.Module):
-    """Camera features, and pooled text where there is any, => an addition to the time embedding, zero at first."""
+    """Camera features, and pooled text where there is any, => an addition to the time embedding, zero at first.
 
-    def __init__(self, features: int, channels: int):
+    Where views know their azimuth and there is pooled text, products of both join: what a turn means depends on the
+    object (a car is widest from its side, a coin from its front), and a sum alone had not learnt it in 12,000 steps.
+    """
+
+    def __init__(self, features: int, channels: int, pooled_dim: int = 0):
         super().__init__()
         self.linear_1 = nn.Linear(features, channels)
         self.linear_2 = nn.Linear(channels, channels)
         nn.init.zeros_(self.linear_2.weight)
         nn.init.zeros_(self.linear_2.bias)
+        self.camera_features = features - pooled_dim
+        self.product_of_text = None
+        if pooled_dim and self.camera_features == 5:
+            width = channels // 2
+            self.product_of_text = nn.Linear(pooled_dim, width)
+            self.product_of_camera = nn.Linear(2 * HARMONICS + 3, width)
+            self.product_out = nn.Linear(width, channels, bias=False)
+            nn.init.zeros_(self.product_out.weight)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.linear_2(nn.functional.silu(self.linear_1(features.to(self.linear_1.weight.dtype))))
+        features = features.to(self.linear_1.weight.dtype)
+        added = self.linear_2(nn.functional.silu(self.linear_1(features)))
+        if self.product_of_text is None:
+            return added
+        camera, text = features.split((self.camera_features, features.shape[-1] - self.camera_features), -1)
+        text = nn.functional.layer_norm(text, text.shape[-1:])
+        return added + self.product_out(self.product_of_text(text) * self.product_of_camera(harmonics(camera)))
+
+
+def harmonics(features: Tensor) -> Tensor:
+    """Camera features [N,5], beginning with sin and cos of the azimuth => sin and cos of its multiples, then the
+    other three: [N,2*HARMONICS+3]."""
+    azimuth = torch.atan2(features[:, 0].float(), features[:, 1].float())[:, None]
+    angles = azimuth * torch.arange(1, HARMONICS + 1, device=features.device)
+    return torch.cat([angles.sin(), angles.cos(), features[:, 2:].float()], -1).to(features.dtype)
 
 
 class MultiviewUNet(ModelMixin, ConfigMixin):
@@ -131,7 +158,8 @@ class MultiviewUNet(ModelMixin, ConfigMixin):
         if self.unet2d.class_embedding is not None:
             raise ValueError("the 2D UNet must have no class embedding: the camera condition takes its place")
         features = (5 if absolute_azimuth else 3) + pooled_dim
-        self.unet2d.class_embedding = ConditionEmbedding(features, self.unet2d.time_embedding.linear_2.out_features)
+        self.unet2d.class_embedding = ConditionEmbedding(features, self.unet2d.time_embedding.linear_2.out_features,
+                                                          pooled_dim)
         if ray_maps:
             self.unet2d.conv_in = RayConv2d(self.unet2d.conv_in)
         _replace_parts(self.unet2d, options)
