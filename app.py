@@ -19,7 +19,7 @@ from pathlib import Path
 import gradio as gr
 
 from coser.pipeline import ELEVATIONS, NUM_VIEWS
-from coser.request import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, SEED, GenerationRequest
+from coser.request import CONSISTENCY, GUIDANCE_SCALE, NUM_INFERENCE_STEPS, SEED, GenerationRequest
 from coser.studio import (KEPT_SECONDS, SMALL, Studio, file_name, log_to_terminal, remove_old_runs, run_folder,
                           session_folder)
 
@@ -74,9 +74,9 @@ class Desk:
         return session_folder(self.root, request.session_hash or "")
 
     def begin(self, prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed,
-              request: gr.Request):
+              consistency, request: gr.Request):
         """Check the values at once, before any waiting; then clear the stage and turn the buttons round."""
-        checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed)
+        checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed, consistency)
         if request.session_hash in self.line:
             raise gr.Error("One at a time: press Stop first.", print_exception=False)
         (self.folder(request) / STOP).unlink(missing_ok=True)
@@ -88,13 +88,15 @@ class Desk:
                 gr.DownloadButton(value=None, interactive=False))
 
     def generate(self, prompt: str, num_views: int, guidance_scale: float, num_inference_steps: int, elevation: float,
-                 seed: int, randomize_seed: bool, request: gr.Request) -> Iterator[tuple]:
+                 seed: int, randomize_seed: bool, consistency: float, request: gr.Request) -> Iterator[tuple]:
         """Text to 3D: streams (views picture, status, seed, GLB or nothing yet), an item a denoising step.
 
         prompt: 1 to 300 characters. num_views: 4 to 24. guidance_scale: 1 to 12. num_inference_steps: 1 to 50.
         elevation: 0 to 30 degrees. seed: 0 to 2147483647, drawn anew with randomize_seed and reported back.
+        consistency: 0 to 1, how much of the views is replaced by the object they make together, at a few late steps.
         """
-        asked = checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed)
+        asked = checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed,
+                        consistency)
         asked = asked.with_drawn_seed()
         folder = self.folder(request)
         run = run_folder(folder)
@@ -175,7 +177,9 @@ def setting_inputs() -> list[gr.components.Component]:
         seed = gr.Number(DEFAULTS.seed, precision=0, minimum=SEED[0], maximum=SEED[1], label="Seed",
                          info="same seed, same object", elem_id="seed")
         randomize = gr.Checkbox(True, label="New seed every time", container=False, elem_id="randomize-seed")
-    return [num_views, guidance_scale, steps, elevation, seed, randomize]
+    consistency = gr.Slider(*CONSISTENCY, DEFAULTS.consistency, step=0.1, label="Consistency",
+                            info="fuse views while drawing", elem_id="consistency")
+    return [num_views, guidance_scale, steps, elevation, seed, randomize, consistency]
 
 
 def build_app(studio: Studio, root: Path) -> gr.Blocks:
@@ -209,7 +213,7 @@ def build_app(studio: Studio, root: Path) -> gr.Blocks:
         chosen = examples.click(lambda sample: sample[0], examples, prompt, queue=False, show_progress="hidden",
                                 api_visibility="private")
         chosen.then(None, js="() => document.getElementById('go').click()", api_visibility="private")
-        seed = settings[-2]
+        seed = settings[4]
         quiet = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
         started = gr.on([prompt.submit, go.click], desk.begin, [prompt, *settings],
                         [status, go, stop, model, download], preprocess=False, **quiet)

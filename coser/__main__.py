@@ -21,7 +21,8 @@ def main(argv: list[str] | None = None) -> int:
         request = GenerationRequest(
             prompt=args.prompt, num_views=args.num_views, guidance_scale=args.guidance_scale,
             num_inference_steps=args.num_inference_steps, elevation=args.elevation, seed=args.seed,
-            randomize_seed=args.randomize_seed, negative_prompt=args.negative_prompt).with_drawn_seed()
+            randomize_seed=args.randomize_seed, consistency=args.consistency,
+            negative_prompt=args.negative_prompt).with_drawn_seed()
         output = output_path(args.output, request)
     except ValueError as error:
         print(f"coser: {error}", file=sys.stderr)
@@ -54,6 +55,9 @@ def parser() -> argparse.ArgumentParser:
                            help="the cameras' height in degrees, 0 to 30 (default %(default)s)")
     arguments.add_argument("--seed", type=int, default=DEFAULTS.seed, help="same seed, same asset (%(default)s)")
     arguments.add_argument("--randomize-seed", action="store_true", help="draw a new seed; the run file tells which")
+    arguments.add_argument("--consistency", type=float, default=DEFAULTS.consistency,
+                           help="how much of the views to replace by the object they make together, at a few late "
+                           "steps, 0 to 1 (default %(default)s)")
     arguments.add_argument("--negative-prompt", default=DEFAULTS.negative_prompt, help="what to keep away from")
     arguments.add_argument("--checkpoint", default=SMALL, help="a folder in diffusers layout (the shipped one)")
     arguments.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")

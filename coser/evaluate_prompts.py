@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from coser.cameras import Cameras
-from coser.metrics import cross_render_psnr, psnr, render_mesh, silhouette_iou
+from coser.metrics import cross_render_psnr, psnr, render_mesh, sharpness, silhouette_iou
 from coser.pipeline import CoSERPipeline, MultiviewStep
 from coser.reconstruction import Mesh, reconstruct
 from coser.views import views_to_uint8
@@ -31,7 +31,8 @@ class PromptScore:
     """One prompt, drawn and reconstructed.
 
     cross: median odd/even cross-render PSNR (dB on white). own_psnr, own_iou: the mesh of all views seen from their own
-    cameras against the views. coverage: share of the pictures that the object takes. seconds: prompt to mesh.
+    cameras against the views. coverage: share of the pictures that the object takes. sharpness: see
+    `coser.metrics.sharpness`, median over the views. seconds: prompt to mesh.
     """
 
     prompt: str
@@ -42,6 +43,7 @@ class PromptScore:
     own_psnr: float
     own_iou: float
     coverage: float
+    sharpness: float
 
 
 def evaluate_prompts(pipeline: CoSERPipeline, prompts: Iterable[str], seed: int = 0,
@@ -57,7 +59,8 @@ def evaluate_prompts(pipeline: CoSERPipeline, prompts: Iterable[str], seed: int 
         own_psnr = psnr(seen.on_background(), views.on_background())
         score = PromptScore(prompt, seconds, len(mesh.faces), mesh.is_watertight,
                             float(cross_render_psnr(views, cameras).median()), float(own_psnr.mean()),
-                            float(silhouette_iou(seen.masks, views.masks).mean()), float(views.masks.mean()))
+                            float(silhouette_iou(seen.masks, views.masks).mean()), float(views.masks.mean()),
+                            float(sharpness(views).median()))
         yield score, result, mesh
 
 
@@ -92,6 +95,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-views", type=int, default=12)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--consistency", type=float, default=0.0, help="share of the fused object at late steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -100,11 +104,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     pipeline = CoSERPipeline.from_pretrained(options.checkpoint, dtype=getattr(torch, options.dtype)).to(options.device)
     prompts = [line.strip() for line in options.prompts.read_text("utf-8").splitlines() if line.strip()]
-    names = ["seconds", "faces", "watertight", "cross", "own_psnr", "own_iou", "coverage"]
+    names = ["seconds", "faces", "watertight", "cross", "own_psnr", "own_iou", "coverage", "sharpness"]
     print(f"{'prompt':28}", *(f"{n:>10}" for n in names))
     scores, rows = [], []
     drawn = evaluate_prompts(pipeline, prompts, options.seed, num_views=options.num_views,
-                             num_inference_steps=options.steps, guidance_scale=options.guidance_scale)
+                             num_inference_steps=options.steps, guidance_scale=options.guidance_scale,
+                             consistency=options.consistency)
     for score, result, mesh in drawn:
         scores.append(asdict(score))
         rows.append((score.prompt, sheet_row(result, mesh)))

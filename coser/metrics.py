@@ -46,6 +46,16 @@ def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
     return (brightness * structure).mean((1, 2, 3))
 
 
+def sharpness(views: ViewSet) -> Tensor:
+    """How much neighbouring pixels differ: mean absolute Laplacian of the brightness (0..255) well inside the object of
+    each view, [N]; 0 where nothing is. For comparing pictures of the same things: noise counts as sharp, too."""
+    grey = views.views.mean(1, keepdim=True) * 255
+    kernel = torch.tensor([[0., -1, 0], [-1, 4, -1], [0, -1, 0]], device=grey.device)[None, None].to(grey.dtype)
+    inside = 1 - F.max_pool2d(1 - (views.masks >= 0.99).to(grey.dtype), 5, 1, 2)
+    edges = F.conv2d(grey, kernel, padding=1).abs()
+    return (edges * inside).sum((1, 2, 3)) / inside.sum((1, 2, 3)).clamp_min(1)
+
+
 def render_mesh(mesh: Mesh, cameras: Cameras, size: int) -> ViewSet:
     """A reconstructed mesh seen by N cameras at size x size, in its own colours (they carry the views' shading)."""
     vertices, faces = torch.from_numpy(mesh.vertices), torch.from_numpy(mesh.faces)

@@ -103,8 +103,8 @@ class CoSERPipeline(DiffusionPipeline):
         prompt: one sentence. num_views: 4..24. elevation: degrees, 0..30. guidance_scale: >= 1, 1 = no guidance.
         num_inference_steps: >= 1. negative_prompt: what to move away from. generator: source of the starting noise.
         latents [N,C,h,w]: starting noise instead. mixers: the active subset of the UNet's. consistency: 0..1; at a few
-        late steps the views are fused, and this share of the estimate is replaced by what the object looks like (3D-aware
-        denoising, as in VideoMV, Zuo et al. 2024). Raises ValueError, when first read, for anything else.
+        late steps the views are fused, and this share of the estimate is replaced by what the object looks like
+        (3D-aware denoising, as in VideoMV, Zuo et al. 2024). Raises ValueError, when first read, for anything else.
         """
         check_arguments(prompt, num_views, elevation, guidance_scale, num_inference_steps, negative_prompt, consistency)
         guided = guidance_scale > 1

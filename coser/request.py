@@ -13,6 +13,7 @@ PROMPT_LENGTH = (1, 300)  # characters; the pipeline reads the first 64 tokens, 
 GUIDANCE_SCALE = (1.0, 12.0)
 NUM_INFERENCE_STEPS = (1, 50)
 SEED = (0, 2**31 - 1)
+CONSISTENCY = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class GenerationRequest:
 
     prompt: 1 to 300 characters after trimming. num_views: 4 to 24, a closed ring. guidance_scale: 1 to 12.
     num_inference_steps: 1 to 50. elevation: 0 to 30 degrees. seed: 0 to 2**31 - 1; with `randomize_seed` it is drawn
-    anew and the drawn one is reported back. negative_prompt: at most 300 characters.
+    anew and the drawn one is reported back. consistency: 0 to 1, how much of the views is replaced by the object
+    that they make together, at a few late steps. negative_prompt: at most 300 characters.
     """
 
     prompt: str
@@ -31,6 +33,7 @@ class GenerationRequest:
     elevation: float = ELEVATION
     seed: int = 0
     randomize_seed: bool = False
+    consistency: float = 0.0
     negative_prompt: str = ""
 
     def __post_init__(self):
@@ -41,6 +44,7 @@ class GenerationRequest:
             "num_inference_steps": _whole("num_inference_steps", self.num_inference_steps, *NUM_INFERENCE_STEPS),
             "elevation": _number("elevation", self.elevation, *ELEVATIONS),
             "seed": _whole("seed", self.seed, *SEED),
+            "consistency": _number("consistency", self.consistency, *CONSISTENCY),
             "negative_prompt": _text("negative_prompt", self.negative_prompt, 0, PROMPT_LENGTH[1]),
         }
         if not isinstance(self.randomize_seed, bool):

@@ -142,7 +142,7 @@ class Studio:
         return self.pipeline.stream(
             request.prompt, num_views=request.num_views, elevation=request.elevation,
             guidance_scale=request.guidance_scale, num_inference_steps=request.num_inference_steps,
-            negative_prompt=request.negative_prompt, generator=generator_of(request))
+            negative_prompt=request.negative_prompt, consistency=request.consistency, generator=generator_of(request))
 
     def _write(self, run: "_Run", mesh: Mesh, views: ViewSet, glb: Path, reconstruct_seconds: float) -> Path:
         settings = asdict(run.request)

@@ -30,7 +30,7 @@ DEPTH_WEIGHT = 2.5
 HUE_WEIGHT, COARSE_WEIGHT = 2.0, 1.0
 # The three figures a view is judged by, each taken over its object alone: small and thin objects count as much as large
 VIEW_COLOR_WEIGHT, VIEW_COVERAGE_WEIGHT, VIEW_DEPTH_WEIGHT = 0.02, 1.2, 0.8
-# of the step at half coverage, where a silhouette's edge lies: plain errors of coverage left it 85 pixels a view too small
+# of the step at half coverage, where a silhouette's edge lies: plain errors of coverage left it too small
 COVERAGE_SHARPNESS = 12.0
 KL_WEIGHT = 1e-5  # keeps the raw latents near unit scale
 

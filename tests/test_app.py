@@ -54,7 +54,8 @@ def test_the_api_streams_grids_and_ends_with_a_glb(client):
 def test_a_prompt_alone_is_enough_for_the_api(client):
     parameters = client.view_api(return_format="dict")["named_endpoints"]["/generate"]["parameters"]
     assert [p["parameter_name"] for p in parameters] == [
-        "prompt", "num_views", "guidance_scale", "num_inference_steps", "elevation", "seed", "randomize_seed"]
+        "prompt", "num_views", "guidance_scale", "num_inference_steps", "elevation", "seed", "randomize_seed",
+        "consistency"]
     assert all(p["parameter_has_default"] for p in parameters[1:])
 
 
@@ -66,6 +67,7 @@ def test_generate_is_the_only_endpoint(client):
     ({"prompt": ""}, "prompt"), ({"prompt": "x" * 10_000}, "prompt"), ({"prompt": None}, "prompt"),
     ({"num_views": 99}, "num_views"), ({"num_views": "many"}, "num_views"), ({"guidance_scale": -3}, "guidance_scale"),
     ({"num_inference_steps": 10**9}, "num_inference_steps"), ({"elevation": 90}, "elevation"), ({"seed": -1}, "seed"),
+    ({"consistency": 2}, "consistency"),
 ])
 def test_wrong_values_end_in_a_message(client, capfd, wrong, named):
     with pytest.raises(AppError, match=named) as error:

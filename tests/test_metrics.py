@@ -8,7 +8,7 @@ from solids import cube
 from coser.cameras import Cameras
 from coser.evaluate import evaluate_reconstruction, parser
 from coser.data.assets import list_assets
-from coser.metrics import cross_render_psnr, psnr, silhouette_iou, ssim
+from coser.metrics import cross_render_psnr, psnr, sharpness, silhouette_iou, ssim
 from coser.rasterizer import render
 from coser.views import ViewSet
 
@@ -68,3 +68,13 @@ def test_reconstruction_is_scored_from_a_folder_of_files(tmp_path, capsys):
     options = parser().parse_args(["reconstruction", "--assets", str(tmp_path), "--size", "32", "--resolution", "32"])
     options.run(options)
     assert "1 assets, watertight: 1" in capsys.readouterr().out
+
+
+def test_sharpness_is_the_step_between_neighbours_inside_the_object():
+    masks = torch.zeros(2, 1, 32, 32)
+    masks[:, :, 4:28, 4:28] = 1
+    stripes = (torch.arange(32) % 2).float().expand(2, 3, 32, 32) * 0.2 * masks
+    stripes[1] = 0.5 * masks[1]
+    found = sharpness(ViewSet(stripes, masks, masks))
+    torch.testing.assert_close(found, torch.tensor([2 * 0.2 * 255, 0.0]), rtol=1e-4, atol=1e-3)
+    assert not sharpness(ViewSet(torch.rand(1, 3, 8, 8), torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8))).any()

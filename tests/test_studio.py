@@ -35,7 +35,7 @@ def studio(monkeypatch):
     ("guidance_scale", None, "1 to 12"), ("num_inference_steps", 0, "1 to 50"), ("num_inference_steps", 51, "1 to 50"),
     ("elevation", float("nan"), "0 to 30"), ("elevation", -1, "0 to 30"), ("seed", -1, "0 to 2147483647"),
     ("seed", float("inf"), "0 to 2147483647"), ("seed", 2**31, "0 to 2147483647"),
-    ("randomize_seed", 1, "true or false"),
+    ("randomize_seed", 1, "true or false"), ("consistency", 1.1, "0 to 1"), ("consistency", "much", "0 to 1"),
 ])
 def test_wrong_request_names_argument_and_what_is_allowed(name, value, allowed):
     with pytest.raises(ValueError, match=f"^{name} must .*{allowed}.*got") as error:
