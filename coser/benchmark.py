@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from coser import pipeline as pipelines
 from coser import reconstruction, studio, train_denoiser
 from coser.cameras import Cameras
 from coser.data.dataset import RingBatch
@@ -57,7 +58,11 @@ def watch_run(watch: Watch, pipeline: CoSERPipeline) -> None:
     watch.add(pipeline.vae, "latents_to_preview", "previews")
     watch.add(studio, "grid", "grids")
     watch.add(pipeline.vae, "latents_to_views", "decoding")
+    watch.add(pipeline.vae, "views_to_latents", "encoding")
+    watch.add(pipelines, "render_mesh", "rendering")
     watch.add(reconstruction, "fuse", "fusing")
+    watch.add(reconstruction, "fuse_consensus", "consensus fusing")
+    watch.add(reconstruction, "_fit", "checking the fit")
     watch.add(reconstruction, "keep_parts", "simplifying")
     watch.add(reconstruction, "simplify", "simplifying")
     watch.add(reconstruction, "color_vertices", "colouring")

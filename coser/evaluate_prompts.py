@@ -19,6 +19,7 @@ from coser.cameras import Cameras
 from coser.metrics import cross_render_psnr, psnr, render_mesh, sharpness, silhouette_iou
 from coser.pipeline import CoSERPipeline, MultiviewStep
 from coser.reconstruction import Mesh, reconstruct
+from coser.request import GenerationRequest
 from coser.views import views_to_uint8
 
 VERB = "prompts"
@@ -95,7 +96,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-views", type=int, default=12)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
-    parser.add_argument("--consistency", type=float, default=0.0, help="share of the fused object at late steps")
+    parser.add_argument("--consistency", type=float, default=GenerationRequest.consistency,
+                        help="share of the fused object (default %(default)s, the app's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -33,7 +33,7 @@ class GenerationRequest:
     elevation: float = ELEVATION
     seed: int = 0
     randomize_seed: bool = False
-    consistency: float = 0.0
+    consistency: float = 0.8
     negative_prompt: str = ""
 
     def __post_init__(self):

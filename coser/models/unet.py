@@ -74,7 +74,8 @@ class ConditionEmbedding(nn.Module):
     """Camera features, and pooled text where there is any, => an addition to the time embedding, zero at first.
 
     Where views know their azimuth and there is pooled text, products of both join: what a turn means depends on the
-    object (a car is widest from its side, a coin from its front), and a sum alone had not learnt it in 12,000 steps.
+    object: a car is widest from its side, a coin from its front. After 12,600 steps with a sum alone the estimate for a
+    taxi from pure noise was equally wide all round.
     """
 
     def __init__(self, features: int, channels: int, pooled_dim: int = 0):

@@ -49,7 +49,7 @@ def view_maps(views: ViewSet, cameras: Cameras) -> ViewMaps:
     x, y = ((pixel_centers(size, nearness.device) * 2 - 1) / cameras.focal).T.reshape(2, size, size)
     gx, gy = (slopes * (size * cameras.focal / 2)).unbind(1)  # a pixel => a unit of the picture plane at depth 1
     normals = torch.stack([-gx, gy, nearness - gx * x - gy * y], 1)  # of the plane, in the camera's axes
-    steep = normals.norm(dim=1).clamp_min(1e-9)
+    steep = normals.square().sum(1).sqrt().clamp_min(1e-9)  # `norm` takes 145 ms for 12 views here, this 2
     normals = torch.einsum("ncij,ncw->nwij", normals / steep[:, None], cameras.rotations)
     return ViewMaps(silhouette_distances(masks), nearness, slopes, torch.where(valid, nearness / steep, 0.0), normals)
 
