@@ -23,8 +23,7 @@ from pathlib import Path
 
 import torch
 
-from coser import pipeline as pipelines
-from coser import reconstruction, studio, train_denoiser
+from coser import consistency, reconstruction, studio, train_denoiser
 from coser.cameras import Cameras
 from coser.data.dataset import RingBatch
 from coser.models.unet import MultiviewUNet
@@ -59,7 +58,7 @@ def watch_run(watch: Watch, pipeline: CoSERPipeline) -> None:
     watch.add(studio, "grid", "grids")
     watch.add(pipeline.vae, "latents_to_views", "decoding")
     watch.add(pipeline.vae, "views_to_latents", "encoding")
-    watch.add(pipelines, "render_mesh", "rendering")
+    watch.add(consistency, "render_mesh", "rendering")
     watch.add(reconstruction, "fuse", "fusing")
     watch.add(reconstruction, "fuse_consensus", "consensus fusing")
     watch.add(reconstruction, "_fit", "checking the fit")

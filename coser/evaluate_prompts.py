@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from coser.cameras import Cameras
+from coser.consistency import CONSISTENCY, fused_views
 from coser.metrics import cross_render_psnr, psnr, render_mesh, sharpness, silhouette_iou
 from coser.pipeline import CoSERPipeline, MultiviewStep
 from coser.reconstruction import Mesh, reconstruct
-from coser.request import GenerationRequest
 from coser.views import views_to_uint8
 
 VERB = "prompts"
@@ -96,7 +96,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-views", type=int, default=12)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
-    parser.add_argument("--consistency", type=float, default=GenerationRequest.consistency,
+    parser.add_argument("--consistency", type=float, default=CONSISTENCY,
                         help="share of the fused object (default %(default)s, the app's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
@@ -111,7 +111,7 @@ def run(options: argparse.Namespace) -> None:
     scores, rows = [], []
     drawn = evaluate_prompts(pipeline, prompts, options.seed, num_views=options.num_views,
                              num_inference_steps=options.steps, guidance_scale=options.guidance_scale,
-                             consistency=options.consistency)
+                             consistency=options.consistency, fuse=fused_views)
     for score, result, mesh in drawn:
         scores.append(asdict(score))
         rows.append((score.prompt, sheet_row(result, mesh)))

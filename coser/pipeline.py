@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,18 +12,15 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from coser.cameras import ELEVATION, Cameras
-from coser.metrics import render_mesh
 from coser.models.autoencoder import ViewAutoencoder
 from coser.models.text_encoder import SentenceTextEncoder
 from coser.models.unet import MultiviewUNet
-from coser.reconstruction import reconstruct
 from coser.views import ViewSet
 
 NUM_VIEWS = (4, 24)
 MAX_TOKENS = 64  # longer prompts are cut: captions of training have at most half as many
 ELEVATIONS = (0.0, 30.0)  # degrees, as trained
 FUSED_AT = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95)  # of a run's steps; earlier estimates show too little to fuse
-FUSED_RESOLUTION, FUSED_FACES = 80, 8000
 
 
 @dataclass(frozen=True)
@@ -97,16 +94,20 @@ class CoSERPipeline(DiffusionPipeline):
     def stream(self, prompt: str, *, num_views: int = 12, elevation: float = ELEVATION, guidance_scale: float = 4.0,
                num_inference_steps: int = 20, negative_prompt: str = "", generator: torch.Generator | None = None,
                latents: Tensor | None = None, mixers: tuple[str, ...] | None = None,
-               consistency: float = 0.0) -> Iterator[MultiviewStep]:
+               consistency: float = 0.0,
+               fuse: Callable[[ViewSet, Cameras], ViewSet] | None = None) -> Iterator[MultiviewStep]:
         """Denoises a ring of views and yields every step; the last one carries the finished views.
 
         prompt: one sentence. num_views: 4..24. elevation: degrees, 0..30. guidance_scale: >= 1, 1 = no guidance.
         num_inference_steps: >= 1. negative_prompt: what to move away from. generator: source of the starting noise.
-        latents [N,C,h,w]: starting noise instead. mixers: the active subset of the UNet's. consistency: 0..1; at a few
-        late steps the views are fused, and this share of the estimate is replaced by what the object looks like
-        (3D-aware denoising, as in VideoMV, Zuo et al. 2024). Raises ValueError, when first read, for anything else.
+        latents [N,C,h,w]: starting noise instead. mixers: the active subset of the UNet's. consistency: 0..1; at some
+        steps this share of the estimate is replaced by what `fuse` makes of its views: the views of one object, such as
+        `coser.consistency.fused_views` (3D-aware denoising, as in VideoMV, Zuo et al. 2024). Raises
+        ValueError, when first read, for anything else.
         """
         check_arguments(prompt, num_views, elevation, guidance_scale, num_inference_steps, negative_prompt, consistency)
+        if consistency > 0 and fuse is None:
+            raise ValueError(f"fuse must be a function where consistency is above 0, got None and {consistency}")
         guided = guidance_scale > 1
         embeds = self.encode_prompt([negative_prompt, prompt] if guided else [prompt])
         cameras = Cameras.orbit(num_views, elevation).to(self._execution_device)
@@ -120,7 +121,7 @@ class CoSERPipeline(DiffusionPipeline):
             prediction = self._predict(latents, timestep, embeds, cameras, guidance_scale, mixers)
             denoised = self._denoised(prediction, latents, timestep, i)
             if consistency > 0 and i in fused:
-                denoised = self._agreed(denoised, cameras, consistency)
+                denoised = self._agreed(denoised, cameras, consistency, fuse)
                 prediction = self._prediction_for(denoised, latents, timestep, i)
             latents = self.scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
             last = i == len(timesteps) - 1
@@ -174,18 +175,17 @@ class CoSERPipeline(DiffusionPipeline):
             return alpha.sqrt(), -(1 - alpha).sqrt()
         return 1 / alpha.sqrt(), -((1 - alpha) / alpha).sqrt()
 
-    def _agreed(self, denoised: Tensor, cameras: Cameras, share: float) -> Tensor:
+    def _agreed(self, denoised: Tensor, cameras: Cameras, share: float,
+                fuse: Callable[[ViewSet, Cameras], ViewSet]) -> Tensor:
         """The estimate [N,C,h,w] with `share` of it replaced by what its views, fused, look like from their cameras.
 
         As it is where the views show no surface yet.
         """
-        views = self.latents_to_views(denoised)
         try:
-            mesh = reconstruct(views, cameras, resolution=FUSED_RESOLUTION, max_faces=FUSED_FACES)
+            fused = fuse(self.latents_to_views(denoised), cameras)
         except ValueError:
             return denoised
-        seen = render_mesh(mesh, cameras, views.views.shape[-1]).to(denoised.device)
-        return torch.lerp(denoised, self.vae.views_to_latents(seen), share)
+        return torch.lerp(denoised, self.vae.views_to_latents(fused), share)
 
 
 def check_arguments(prompt: str, num_views: int, elevation: float, guidance_scale: float, num_inference_steps: int,

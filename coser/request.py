@@ -7,6 +7,7 @@ import secrets
 from dataclasses import dataclass, replace
 
 from coser.cameras import ELEVATION
+from coser.consistency import CONSISTENCY as DEFAULT_CONSISTENCY
 from coser.pipeline import ELEVATIONS, NUM_VIEWS
 
 PROMPT_LENGTH = (1, 300)  # characters; the pipeline reads the first 64 tokens, so hardly a word of these is lost
@@ -33,7 +34,7 @@ class GenerationRequest:
     elevation: float = ELEVATION
     seed: int = 0
     randomize_seed: bool = False
-    consistency: float = 0.8
+    consistency: float = DEFAULT_CONSISTENCY
     negative_prompt: str = ""
 
     def __post_init__(self):

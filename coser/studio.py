@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from coser import __version__
+from coser.consistency import fused_views
 from coser.models.ssm import scan_backend
 from coser.pipeline import CoSERPipeline, MultiviewStep
 from coser.reconstruction import Mesh, reconstruct, save_glb
@@ -142,7 +143,8 @@ class Studio:
         return self.pipeline.stream(
             request.prompt, num_views=request.num_views, elevation=request.elevation,
             guidance_scale=request.guidance_scale, num_inference_steps=request.num_inference_steps,
-            negative_prompt=request.negative_prompt, consistency=request.consistency, generator=generator_of(request))
+            negative_prompt=request.negative_prompt, generator=generator_of(request), consistency=request.consistency,
+            fuse=fused_views)
 
     def _write(self, run: "_Run", mesh: Mesh, views: ViewSet, glb: Path, reconstruct_seconds: float) -> Path:
         settings = asdict(run.request)

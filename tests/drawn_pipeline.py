@@ -40,7 +40,8 @@ class DrawnPipeline:
         return ViewSet(latents, torch.ones_like(latents[:, :1]), torch.zeros_like(latents[:, :1]))
 
     def stream(self, prompt: str, *, num_views: int, elevation: float, guidance_scale: float, num_inference_steps: int,
-               negative_prompt: str, generator: torch.Generator, consistency: float = 0.0) -> Iterator[MultiviewStep]:
+               negative_prompt: str, generator: torch.Generator, consistency: float = 0.0,
+               fuse=None) -> Iterator[MultiviewStep]:
         with self.count:
             self.open += 1
             self.most_open = max(self.most_open, self.open)

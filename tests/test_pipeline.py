@@ -8,6 +8,7 @@ from solids import cube
 from tiny import plain_config, tiny_pipeline
 
 from coser.cameras import Cameras
+from coser.consistency import fused_views
 from coser.models.block import MIXERS
 from coser.pipeline import CoSERPipeline
 from coser.rasterizer import render
@@ -153,6 +154,7 @@ def test_given_latents_are_the_starting_noise(pipeline):
     ({"elevation": -1}, r"elevation must be a number from 0.0 to 30.0, got -1"),
     ({"elevation": float("nan")}, r"elevation must be a number from 0.0 to 30.0, got nan"),
     ({"guidance_scale": 0.5}, r"guidance_scale must be a number from 1.0 to 100.0, got 0.5"),
+    ({"consistency": 0.5}, "fuse must be a function where consistency is above 0, got None and 0.5"),
     ({"consistency": 1.5}, "consistency must be a number from 0.0 to 1.0, got 1.5"),
     ({"guidance_scale": "4"}, r"guidance_scale must be a number from 1.0 to 100.0, got '4'"),
     ({"latents": torch.zeros(5, 4, 16, 16)}, r"latents must be \[4, 4, 16, 16\], got \[5, 4, 16, 16\]"),
@@ -221,11 +223,11 @@ def test_denoised_is_the_clean_signal_when_the_prediction_is_right(swapped, make
 
     monkeypatch.setattr(pipeline.unet, "forward", oracle)
     goal = torch.full_like(clean, -0.2)
-    monkeypatch.setattr(pipeline, "_agreed", lambda denoised, cameras, share: torch.lerp(denoised, goal, share))
+    monkeypatch.setattr(pipeline, "_agreed", lambda denoised, cameras, share, fuse: torch.lerp(denoised, goal, share))
     for step in steps(pipeline, num_inference_steps=4):
         torch.testing.assert_close(step.denoised, clean, rtol=0, atol=0.02)
     # the scheduler goes on from what the views agreed on: the last step's answer is that, and nothing else
-    for step in steps(pipeline, num_inference_steps=4, consistency=1.0):
+    for step in steps(pipeline, num_inference_steps=4, consistency=1.0, fuse=fused_views):
         torch.testing.assert_close(step.denoised, goal if step.index > 1 else clean, rtol=0, atol=0.02)
     torch.testing.assert_close(step.latents, goal, rtol=0, atol=0.05)
 
@@ -239,13 +241,13 @@ def test_fused_views_take_the_place_of_their_share(pipeline, monkeypatch):
     contradicting = ViewSet(drawn.views * odd, odd, drawn.depths * odd)
     monkeypatch.setattr(pipeline, "latents_to_views", lambda latents, preview=False: contradicting)
     zero = torch.zeros(6, 4, 4, 4)
-    agreed = pipeline._agreed(zero, cameras, 1.0)
+    agreed = pipeline._agreed(zero, cameras, 1.0, fused_views)
     wanted, lacking = (pipeline.vae.views_to_latents(v)[2] for v in (drawn, contradicting))
     assert (agreed[2] - wanted).norm() < 0.5 * (agreed[2] - lacking).norm()
-    torch.testing.assert_close(pipeline._agreed(zero, cameras, 0.25), agreed / 4)
+    torch.testing.assert_close(pipeline._agreed(zero, cameras, 0.25, fused_views), agreed / 4)
     monkeypatch.setattr(pipeline, "latents_to_views", lambda latents, preview=False: ViewSet(
         torch.zeros(6, 3, 64, 64), torch.zeros(6, 1, 64, 64), torch.zeros(6, 1, 64, 64)))
-    assert torch.equal(pipeline._agreed(zero, cameras, 1.0), zero)  # nothing to fuse yet
+    assert torch.equal(pipeline._agreed(zero, cameras, 1.0, fused_views), zero)  # nothing to fuse yet
 
 
 def test_a_stochastic_scheduler_draws_from_the_generator(pipeline, swapped):
