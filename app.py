@@ -93,7 +93,7 @@ class Desk:
 
         prompt: 1 to 300 characters. num_views: 4 to 24. guidance_scale: 1 to 12. num_inference_steps: 1 to 50.
         elevation: 0 to 30 degrees. seed: 0 to 2147483647, drawn anew with randomize_seed and reported back.
-        consistency: 0 to 1, how much of the views is replaced by the object they make together, at a few late steps.
+        consistency: 0 to 1, how much of the views is replaced by the object they make together, at some steps.
         """
         asked = checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed,
                         consistency)

@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--seed", type=int, default=DEFAULTS.seed, help="same seed, same asset (%(default)s)")
     arguments.add_argument("--randomize-seed", action="store_true", help="draw a new seed; the run file tells which")
     arguments.add_argument("--consistency", type=float, default=DEFAULTS.consistency,
-                           help="how much of the views to replace by the object they make together, at a few late "
+                           help="how much of the views to replace by the object they make together, at some "
                            "steps, 0 to 1 (default %(default)s)")
     arguments.add_argument("--negative-prompt", default=DEFAULTS.negative_prompt, help="what to keep away from")
     arguments.add_argument("--checkpoint", default=SMALL, help="a folder in diffusers layout (the shipped one)")

@@ -24,7 +24,7 @@ class GenerationRequest:
     prompt: 1 to 300 characters after trimming. num_views: 4 to 24, a closed ring. guidance_scale: 1 to 12.
     num_inference_steps: 1 to 50. elevation: 0 to 30 degrees. seed: 0 to 2**31 - 1; with `randomize_seed` it is drawn
     anew and the drawn one is reported back. consistency: 0 to 1, how much of the views is replaced by the object
-    that they make together, at a few late steps. negative_prompt: at most 300 characters.
+    that they make together, at some steps. negative_prompt: at most 300 characters.
     """
 
     prompt: str
