@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from coser.cameras import Cameras, pixel_centers
+from coser.cameras import Cameras
 from coser.reconstruction.floor import cut_floor
-from coser.reconstruction.maps import ViewMaps, pixel_size, view_maps
+from coser.reconstruction.maps import ViewMaps, pixel_size, surface_points, view_maps
 from coser.reconstruction.surface import closed_surface
 from coser.views import ViewSet
 
@@ -34,7 +34,7 @@ def fuse_consensus(views: ViewSet, cameras: Cameras, resolution: int = 64) -> tu
     views, cameras = views.to("cpu"), cameras.to("cpu")
     maps = view_maps(views, cameras)
     silhouettes = silhouette_distances_everywhere(views.masks[:, 0])
-    points = [p[s] for p, s in zip(*_surface_points(views, cameras))]
+    points = [p[s] for p, s in zip(*surface_points(views, cameras))]
     low, high = (torch.stack([p.quantile(share, 0) for p in points]) for share in (0.002, 0.998))
     lowest = float(low[:, 1].median())  # most views agree on where the object stands
     low, high = low.amin(0), high.amax(0)
@@ -98,10 +98,3 @@ def silhouette_distances_everywhere(masks: Tensor) -> Tensor:
     inside = (masks >= 0.5).numpy()
     signed = [np.where(m, 0.5 - distance_transform_edt(m), distance_transform_edt(~m) - 0.5) for m in inside]
     return torch.from_numpy(np.stack(signed)).to(masks.dtype)
-
-
-def _surface_points(views: ViewSet, cameras: Cameras) -> tuple[Tensor, Tensor]:
-    """All pixels' points [N,S*S,3], and which of them are of the surface [N,S*S]."""
-    n, _, size, _ = views.views.shape
-    points = cameras.unproject(pixel_centers(size), views.depths.reshape(n, -1))
-    return points, ((views.masks >= 0.5) & (views.depths > 0)).reshape(n, -1)

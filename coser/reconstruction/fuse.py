@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coser.cameras import Cameras, pixel_centers
+from coser.cameras import Cameras
 from coser.reconstruction.floor import cut_floor
-from coser.reconstruction.maps import ViewMaps, pixel_size, view_maps
+from coser.reconstruction.maps import ViewMaps, pixel_size, surface_points, view_maps
 from coser.reconstruction.sheets import thicken_sheets
 from coser.reconstruction.surface import closed_surface
 from coser.views import ViewSet
@@ -37,7 +37,8 @@ def fuse(views: ViewSet, cameras: Cameras, resolution: int = 128) -> tuple[np.nd
     The surface is closed. Every view must show something. Raises ValueError when no two agree on a surface.
     """
     maps = view_maps(views, cameras)
-    seen = _seen_points(views, cameras)
+    points, shown = surface_points(views, cameras)
+    seen = points[shown]
     low, high = _bounds(seen)
     pixel = pixel_size(cameras, views.views.shape[-1], cameras.centers.norm(dim=-1).mean())
     voxel = max(float((high - low).clamp_min(8 * pixel).prod()) ** (1 / 3) / resolution, FINEST * float(pixel))
@@ -97,12 +98,6 @@ def _seen_from_both_sides(index: Tensor, weight: Tensor, normals: Tensor) -> Ten
     """Numbers of the points whose views' normals nearly cancel: mean normals shorter than 0.6."""
     sums = [(weight * axis.flatten(1).gather(1, index)).sum(0) for axis in normals.unbind(1)]
     return (torch.stack(sums).norm(dim=0) < 0.6 * weight.sum(0)).nonzero()[:, 0]
-
-
-def _seen_points(views: ViewSet, cameras: Cameras) -> Tensor:
-    n, _, size, _ = views.views.shape
-    points = cameras.unproject(pixel_centers(size, views.views.device), views.depths.reshape(n, -1))
-    return points[((views.masks >= 0.5) & (views.depths > 0)).reshape(n, -1)]
 
 
 def _bounds(points: Tensor) -> tuple[Tensor, Tensor]:

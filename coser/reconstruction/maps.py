@@ -54,6 +54,13 @@ def view_maps(views: ViewSet, cameras: Cameras) -> ViewMaps:
     return ViewMaps(silhouette_distances(masks), nearness, slopes, torch.where(valid, nearness / steep, 0.0), normals)
 
 
+def surface_points(views: ViewSet, cameras: Cameras) -> tuple[Tensor, Tensor]:
+    """All pixels' points [N,S*S,3], and which of them are of the surface [N,S*S]."""
+    n, _, size, _ = views.views.shape
+    points = cameras.unproject(pixel_centers(size, views.views.device), views.depths.reshape(n, -1))
+    return points, ((views.masks >= 0.5) & (views.depths > 0)).reshape(n, -1)
+
+
 def silhouette_distances(masks: Tensor, reach: int = REACH) -> Tensor:
     """Coverage [N,S,S] in [0,1] => signed distances to the silhouette in pixels, positive outside, within +-reach.
 
