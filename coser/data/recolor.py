@@ -1,0 +1,216 @@
+"""Repaint rendered rings so that colour must be read from the prompt: `python -m coser.data.recolor RENDERS`.
+
+A copy of a ring gets another main colour, and its captions the word for it; grey, black, white and the other colours of
+the object stay. Written beside the originals as `<asset id>~<colour>-<ring>.safetensors`, an asset of its own in
+`index.jsonl`. Some pairs of colour and kind that no asset shows natively are held out (`questions.json`): they are never
+painted, so that a model can be asked for what it has never seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from coser.data.dataset import Ring, list_rings
+
+# Hue (degrees) that each word names, and where it ends: both sides of a peak are looked for within it.
+HUES = {"red": (340, 16), "orange": (14, 42), "brown": (8, 46), "gold": (34, 58), "yellow": (40, 70),
+        "green": (70, 165), "teal": (155, 198), "blue": (192, 256), "purple": (252, 312), "pink": (305, 355)}
+TARGETS = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink")
+# Words in a caption that name a colour, or a stuff that has one: a caption that keeps one of them is not taken over.
+OTHER_COLOR_WORDS = re.compile(
+    r"\b(\w+ish|crimson|scarlet|maroon|ruby|amber|golden|lemon|lime|olive|emerald|mint|jade|turquoise|aqua|cyan|navy|azure"
+    r"|indigo|violet|lilac|lavender|magenta|rose|salmon|coral|peach|wood|wooden|timber|oak|copper|bronze|rust|rusty|tan"
+    r"|beige|cream|sandy|terracotta|chestnut|leather|autumn|brick|clay)\b")
+QUESTIONS = Path(__file__).parent / "questions.json"
+HALF_WIDTH, FALL_OFF = 20.0, 12.0  # degrees of hue on each side of the peak: repainted whole, and fading
+MIN_SATURATION = 0.15  # below it a pixel is grey, black or white and stays
+MIN_SHARE = 0.25  # of the object's pixels that must change, else the new word would be untrue
+
+
+@dataclass(frozen=True)
+class Paint:
+    """A colour as an asset wears it: hue (degrees), saturation and value where it is lit, both in [0,1]."""
+
+    hue: float
+    saturation: float
+    value: float
+
+
+def rgb_to_hsv(rgb: Tensor) -> Tensor:
+    """[...,3] in [0,1] => hue in degrees [0,360), saturation, value."""
+    top, low = rgb.amax(-1), rgb.amin(-1)
+    spread = top - low
+    safe = spread.clamp_min(1e-6)
+    r, g, b = rgb.unbind(-1)
+    hue = torch.where(top == r, (g - b) / safe, torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    hue = torch.where(spread > 1e-6, hue * 60 % 360, 0.0)
+    return torch.stack([hue, spread / top.clamp_min(1e-6), top], -1)
+
+
+def hsv_to_rgb(hsv: Tensor) -> Tensor:
+    """The inverse of `rgb_to_hsv`."""
+    hue, saturation, value = hsv.unbind(-1)
+    offset = (hue[..., None] / 60 + hue.new_tensor([5.0, 3.0, 1.0])) % 6
+    drop = torch.minimum(offset, 4 - offset).clamp(0, 1)
+    return value[..., None] * (1 - saturation[..., None] * drop)
+
+
+def hue_distance(a: Any, b: Any) -> Any:
+    """Degrees between two hues, [0,180]."""
+    return abs((a - b + 180) % 360 - 180)
+
+
+def _membership(hsv: Tensor, hue: float) -> Tensor:
+    near = ((HALF_WIDTH + FALL_OFF - hue_distance(hsv[..., 0], hue)) / FALL_OFF).clamp(0, 1)
+    return near * ((hsv[..., 1] - MIN_SATURATION) / 0.1).clamp(0, 1)
+
+
+def worn_paint(pixels: Tensor, word: str) -> tuple[Paint, float] | None:
+    """What colour an object wears under the name `word`, from its opaque pixels [P,3] in [0,1].
+
+    Returns the paint and the share of the pixels that wear it; None where the word's hues are hardly there.
+    """
+    hsv = rgb_to_hsv(pixels)
+    low, high = HUES[word]
+    width = (high - low) % 360
+    counted = hsv[:, 1] > MIN_SATURATION
+    inside = counted & ((hsv[:, 0] - low) % 360 <= width)
+    if inside.float().mean() < MIN_SHARE / 2:
+        return None
+    offsets = ((hsv[inside, 0] - low) % 360).round().long()
+    histogram = torch.bincount(offsets, minlength=width + 1).float()
+    smooth = torch.nn.functional.avg_pool1d(histogram[None, None], 11, 1, 5, count_include_pad=False)[0, 0]
+    hue = (low + int(smooth.argmax())) % 360
+    wears = _membership(hsv, hue) > 0.5
+    share = float(wears.float().mean())
+    if share < MIN_SHARE:
+        return None
+    chosen = hsv[wears]
+    return Paint(float(hue), float(chosen[:, 1].median()), float(chosen[:, 2].quantile(0.85))), share
+
+
+def repaint(rgba: Tensor, old: Paint, new: Paint) -> Tensor:
+    """uint8 [N,4,S,S], colour premultiplied => the same with what wears `old` wearing `new`; shading stays."""
+    opaque = rgba[:, 3] > 0
+    pixels = rgba.permute(0, 2, 3, 1)[opaque].float() / 255
+    alpha = pixels[:, 3:]
+    hsv = rgb_to_hsv((pixels[:, :3] / alpha).clamp(0, 1))
+    painted = torch.stack([(hsv[:, 0] + new.hue - old.hue) % 360,
+                           (hsv[:, 1] * new.saturation / max(old.saturation, 0.05)).clamp(0, 1),
+                           (hsv[:, 2] * new.value / max(old.value, 0.05)).clamp(0, 1)], -1)
+    worn = _membership(hsv, old.hue)[:, None]
+    rgb = worn * hsv_to_rgb(painted) + (1 - worn) * hsv_to_rgb(hsv)
+    out = rgba.clone()
+    out.permute(0, 2, 3, 1)[opaque] = torch.cat([rgb * alpha * 255, alpha * 255], 1).round().clamp(0, 255).to(torch.uint8)
+    return out
+
+
+def rewrite(caption: str, old: str, new: str) -> str | None:
+    """The caption with the colour's word exchanged; None where it is not there or another word would contradict it."""
+    changed, count = re.subn(rf"\b{old}\b", new, caption.lower())
+    if not count or OTHER_COLOR_WORDS.search(changed):
+        return None
+    return re.sub(r"\b(an?)(?= (\w))", lambda m: "an" if m[2] in "aeiou" else "a", changed)
+
+
+def opaque_pixels(rgba: Tensor, limit: int = 20_000) -> Tensor:
+    """Evenly drawn fully covered pixels of a ring, [P,3] in [0,1], `limit` at most."""
+    pixels = rgba[:, :3].permute(0, 2, 3, 1)[rgba[:, 3] == 255].float() / 255
+    return pixels[::max(1, len(pixels) // limit)]
+
+
+def native_pairs(rings: list[Ring]) -> set[tuple[str, str]]:
+    """(colour, kind) for every colour that an asset's list or captions name."""
+    found = set()
+    for ring in rings:
+        words = set(ring.colors) | {w for caption in ring.captions for w in re.findall(r"[a-z]+", caption.lower())}
+        found |= {(color, ring.kind) for color in HUES if color in words}
+    return found
+
+
+def held_out_pairs() -> set[tuple[str, str]]:
+    """(colour, kind) that are in no training: evaluation asks for them."""
+    lists = json.loads(QUESTIONS.read_text("utf-8"))["lists"]
+    return {(question["color"], question["object"]) for question in lists["held_out_pairs"]}
+
+
+def _paintable(ring: Ring) -> bool:
+    """Whether the main colour is one that can be exchanged, and no other named colour lies beside it."""
+    if not ring.colors or ring.colors[0] not in HUES:
+        return False
+    middle = {w: (low + (high - low) % 360 / 2) % 360 for w, (low, high) in HUES.items()}
+    middle |= {"tan": 35.0, "beige": 40.0, "cyan": 188.0}
+    main = ring.colors[0]
+    return all(hue_distance(middle[main], middle[w]) >= 40 for w in ring.colors[1:] if w in middle)
+
+
+def recolor_rings(renders: Path, seed: int = 0, rings: tuple[int, ...] = (0, 1)) -> list[str]:
+    """Writes at most one repainted copy of each ring that allows it; returns the new assets' ids.
+
+    The colour is drawn evenly from TARGETS less the ring's own colours and the held-out pairs, and looks as one of the
+    assets that natively wear it. Copies that exist are kept.
+    """
+    found = [r for r in list_rings(renders) if "~" not in r.asset_id and int(r.path.stem.rsplit("-", 1)[1]) in rings]
+    rows = {row["id"]: row for row in map(json.loads, (renders / "index.jsonl").read_text().splitlines())}
+    held_out = held_out_pairs()
+    worn: dict[Path, Paint] = {}
+    palette: dict[str, list[Paint]] = {word: [] for word in TARGETS}
+    for ring in found:
+        if _paintable(ring):
+            paint = worn_paint(opaque_pixels(load_file(ring.path)["rgba"]), ring.colors[0])
+            if paint:
+                worn[ring.path] = paint[0]
+                palette.setdefault(ring.colors[0], []).append(paint[0])
+    written = []
+    for ring in found:
+        if ring.path not in worn:
+            continue
+        draw = np.random.default_rng([seed, zlib.crc32(ring.path.stem.encode())])
+        allowed = [w for w in TARGETS if w not in ring.colors and (w, ring.kind) not in held_out and palette[w]]
+        if not allowed:
+            continue
+        word = allowed[draw.integers(len(allowed))]
+        captions = [c for c in (rewrite(c, ring.colors[0], word) for c in ring.captions) if c]
+        if not captions:
+            continue
+        new_id = f"{ring.asset_id}~{word}"
+        path = renders / f"{new_id}-{ring.path.stem.rsplit('-', 1)[1]}.safetensors"
+        name = re.sub(rf"\b({ring.colors[0]}|wooden|golden) ", "", ring.object)
+        rows[new_id] = rows[ring.asset_id] | {"id": new_id, "captions": captions, "object": name,
+                                              "colors": [word, *ring.colors[1:]]}
+        written.append(new_id)
+        if not path.is_file():
+            tensors = load_file(ring.path)
+            tensors["rgba"] = repaint(tensors["rgba"], worn[ring.path], palette[word][draw.integers(len(palette[word]))])
+            temporary = path.with_suffix(f".tmp{os.getpid()}")
+            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+            temporary.replace(path)
+    (renders / "index.tmp").write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+    (renders / "index.tmp").replace(renders / "index.jsonl")
+    return written
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m coser.data.recolor", description=__doc__.split("\n")[0])
+    parser.add_argument("renders", type=Path, help="folder written by coser.data.render")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rings", type=int, nargs="+", default=[0, 1], help="which rings of an asset get a copy")
+    options = parser.parse_args(arguments)
+    written = recolor_rings(options.renders, options.seed, tuple(options.rings))
+    print(f"{len(written)} repainted rings of {len({w.split('~')[0] for w in written})} assets")
+
+
+if __name__ == "__main__":
+    main()
