@@ -1,4 +1,4 @@
-"""Measures the product: `python -m coser.evaluate reconstruction|autoencoder|prompts`, each with its own --help."""
+"""Measures the product: `python -m coser.evaluate reconstruction|autoencoder|prompts|table`, each with its own --help."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from coser import evaluate_prompts
+from coser import evaluate_prompts, evaluate_table
+from coser.agreement import cross_render_psnr
 from coser.cameras import ELEVATION, Cameras
 from coser.data.assets import Asset, list_assets, load_mesh
 from coser.data.dataset import held_out_views, list_rings
-from coser.metrics import cross_render_psnr, psnr, render_mesh, silhouette_iou, ssim
+from coser.metrics import psnr, render_mesh, silhouette_iou, ssim
 from coser.models.autoencoder import ViewAutoencoder
 from coser.rasterizer import render
 from coser.reconstruction import reconstruct
@@ -119,6 +120,9 @@ def parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(evaluate_prompts.VERB, help="prompts => views => mesh, and a contact sheet")
     evaluate_prompts.add_options(verb)
     verb.set_defaults(run=evaluate_prompts.run)
+    verb = verbs.add_parser(evaluate_table.VERB, help="all figures of quality, beside true and shuffled renders")
+    evaluate_table.add_options(verb)
+    verb.set_defaults(run=evaluate_table.run)
     return top
 
 

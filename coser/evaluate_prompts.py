@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
+from coser.agreement import cross_render_psnr
 from coser.cameras import Cameras
 from coser.consistency import CONSISTENCY, fused_views
-from coser.metrics import cross_render_psnr, psnr, render_mesh, sharpness, silhouette_iou
+from coser.metrics import psnr, render_mesh, sharpness, silhouette_iou
 from coser.pipeline import CoSERPipeline, MultiviewStep
 from coser.reconstruction import Mesh, reconstruct
 from coser.views import views_to_uint8

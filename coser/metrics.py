@@ -1,4 +1,4 @@
-"""How alike two sets of views are, and how well one set agrees with itself in three dimensions."""
+"""How alike two sets of views are, how sharp one set is, and the views of a mesh."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from coser.cameras import Cameras
 from coser.rasterizer import render
-from coser.reconstruction import Mesh, reconstruct
+from coser.reconstruction import Mesh
 from coser.views import ViewSet
 
 
@@ -60,20 +60,6 @@ def render_mesh(mesh: Mesh, cameras: Cameras, size: int) -> ViewSet:
     """A reconstructed mesh seen by N cameras at size x size, in its own colours (they carry the views' shading)."""
     vertices, faces = torch.from_numpy(mesh.vertices), torch.from_numpy(mesh.faces)
     return render(vertices, faces, torch.from_numpy(mesh.vertex_colors)[faces], cameras.to("cpu"), size, shade=False)
-
-
-def cross_render_psnr(views: ViewSet, cameras: Cameras, **options) -> Tensor:
-    """Agreement of a ring of views: the mesh of the even ones, rendered at the odd cameras, against the odd views.
-
-    Returns decibels on white of views 1, 3, 5, ...: [N // 2]; the lowest one contradicts the others most. `options` go
-    to `reconstruct`. Raises ValueError for fewer than 4 views.
-    """
-    if len(views) < 4:
-        raise ValueError(f"views must be at least 4 to set odd against even ones, got {len(views)}")
-    even, odd = slice(0, None, 2), slice(1, None, 2)
-    mesh = reconstruct(views[even], cameras[even], **options)
-    seen = render_mesh(mesh, cameras[odd], views.views.shape[-1])
-    return psnr(seen.on_background(), views[odd].on_background().float().cpu())
 
 
 def _same_shape(a: Tensor, b: Tensor) -> None:

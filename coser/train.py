@@ -1,9 +1,9 @@
-"""Train the small model: `python -m coser.train autoencoder|denoiser --preset small --renders RENDERS --run NAME`.
+"""Train a model, or all in turn: `python -m coser.train autoencoder|denoiser|judge|all --preset small --run NAME ...`.
 
 A run lives in `runs/<name>/`: `log.jsonl`, sample pictures, and `checkpoint-<step>/`, each a loadable pipeline folder
-(for the autoencoder: its own folder, `vae`) plus the training state. Starting the same command again resumes from the
-last checkpoint and ends where an uninterrupted run would have ended, because every step draws its randomness from
-(seed, step).
+(for the autoencoder and the judge: a folder of their own, `vae` or `judge`) plus the training state. Starting the same
+command again resumes from the last checkpoint and ends where an uninterrupted run would have ended, because every step
+draws its randomness from (seed, step).
 """
 
 from __future__ import annotations
@@ -13,27 +13,38 @@ from pathlib import Path
 
 import torch
 
-from coser import train_autoencoder, train_denoiser
+from coser import train_autoencoder, train_denoiser, train_judge, train_recipe
 from coser.train_loop import Budget, Options
 
 
 def main(arguments: list[str] | None = None) -> None:
+    options, loop = parse(arguments)
+    options.run_verb(options, loop)
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Options]:
+    """Command line => its options, resolved, and those of the training loop."""
     parser = argparse.ArgumentParser(prog="python -m coser.train", description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for module in (train_autoencoder, train_denoiser):
+    for module in (train_autoencoder, train_denoiser, train_judge):
         verb = verbs.add_parser(module.VERB, help=module.__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         add_common_options(verb, sorted(module.PRESETS))
         module.add_options(verb)
         verb.set_defaults(run_verb=module.run)
+    verb = verbs.add_parser(train_recipe.VERB, help=train_recipe.__doc__.split("\n")[0],
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    train_recipe.add_options(verb)
+    verb.set_defaults(run_verb=lambda options, loop: train_recipe.run(options, loop, parse))
     options = parser.parse_args(arguments)
     if options.steps is None and options.minutes is None:
         parser.error("give --steps or --minutes: a run without an end has no learning-rate schedule")
-    options.run_verb(options, Options(
+    return options, Options(
         run=Path("runs") / options.run if options.run.parent == Path(".") else options.run,
         budget=Budget(options.steps, options.minutes), save_every=options.save_every, log_every=options.log_every,
-        evaluate_every=options.evaluate_every, warmup=options.warmup, decay_from=options.decay_from))
+        evaluate_every=options.evaluate_every, warmup=options.warmup, decay_from=options.decay_from,
+        save_minutes=options.save_minutes)
 
 
 def add_common_options(parser: argparse.ArgumentParser, presets: list[str]) -> None:
@@ -48,9 +59,11 @@ def add_common_options(parser: argparse.ArgumentParser, presets: list[str]) -> N
     parser.add_argument("--limit", type=int, help="train on the first so many rings only")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="dtype of the computation")
-    parser.add_argument("--data-on-device", action="store_true", help="keep the whole data set on the device")
+    parser.add_argument("--data-on-device", action=argparse.BooleanOptionalAction, default=False,
+                        help="keep the whole data set on the device")
     parser.add_argument("--muon", action="store_true", help="Muon for matrices instead of AdamW for all weights")
     parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--save-minutes", type=float, help="save and evaluate also after so many minutes")
     parser.add_argument("--evaluate-every", type=int, default=500)
     parser.add_argument("--log-every", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=100, help="steps of linear learning-rate warm-up")

@@ -6,24 +6,31 @@ import argparse
 import copy
 import hashlib
 import json
+import math
+import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from coser.cameras import Cameras
-from coser.data.dataset import LatentRings, Ring, RingBatch, list_rings, step_generator
-from coser.data.render import load_ring
+from coser.data.dataset import LatentRings, Prefetched, Ring, RingBatch, list_rings, step_generator
+from coser.data.render import ring_to_views
 from coser.models.autoencoder import ViewAutoencoder
+from coser.models.block import MultiviewTransformerBlock
+from coser.models.resnet import ResnetBlock
 from coser.models.text_encoder import SentenceTextEncoder, sentence_encoder_folder
 from coser.models.unet import MultiviewUNet
 from coser.optimizer import MasterOptimizer
 from coser.pipeline import CoSERPipeline, PromptEmbeds
+from coser.throughput import Throughput
 from coser.train_loop import Log, Options, train_loop
 from coser.views import picture_grid, views_to_uint8
 
@@ -51,6 +58,8 @@ SHIFT = 3.0  # of the noise level when sampling: N views are redundant, so the s
 TRAINING_SHIFT = 5.0  # a little more than when sampling: what is decided early is decided for all views
 DROP_TEXT = 0.1
 DROP_MIXER = 0.1  # of the steps, for each mixer: switching one off when sampling stays meaningful
+HELD_OUT_RINGS = 48  # enough for held-out losses that move by the weights and not by chance
+GRAPHS = 256  # of a compiled part: one for each of its shapes, which come of view counts and places in the UNet
 SAMPLE_PROMPTS = ("a red barrel", "a green pine tree", "a yellow taxi", "a wooden chair", "a brown treasure chest",
                   "a grey castle tower")
 
@@ -61,6 +70,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--view-counts", type=int, nargs="+", help="ring sizes drawn in training, else the preset's")
     parser.add_argument("--min-kind-count", type=int, default=1, help="only kinds of objects with so many assets")
     parser.add_argument("--start", type=Path, help="pipeline folder whose UNet to start from instead of random weights")
+    parser.add_argument("--encoded-only", action="store_true", help="train on the rings that have latents already")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the UNet's "
+                        "parts, for each view count anew; needs a C++ compiler, on CUDA Triton")
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
 
 
@@ -101,19 +113,75 @@ class CaptionStates:
         mask = torch.zeros(len(states), length, dtype=torch.bool)
         for i, s in enumerate(states):
             padded[i, :len(s)], mask[i, :len(s)] = s, True
-        pooled = padded.sum(1) / mask.sum(1, keepdim=True)
-        return PromptEmbeds(padded.to(device, dtype), mask.to(device), pooled.to(device, dtype))
+        return _embeds(padded, mask, device, dtype)
+
+    def on(self, device) -> "CaptionTable":
+        """The same as one table on `device`."""
+        rows = {caption: i for i, caption in enumerate(self.states)}
+        lengths = torch.tensor([len(s) for s in self.states.values()])
+        padded = torch.nn.utils.rnn.pad_sequence(list(self.states.values()), batch_first=True)
+        return CaptionTable(rows, padded.to(device), lengths)
+
+
+@dataclass(frozen=True)
+class CaptionTable:
+    """The text states of a run on its device: row of each caption, states [R,L,384] float16, tokens of each row [R]."""
+
+    rows: dict[str, int]
+    padded: Tensor
+    lengths: Tensor
+
+    def batch(self, captions: list[str], device, dtype: torch.dtype) -> PromptEmbeds:
+        """As CaptionStates.batch, without states that travel."""
+        rows = torch.tensor([self.rows[c] for c in captions])
+        lengths = self.lengths[rows]
+        length = int(lengths.max())
+        mask = (torch.arange(length) < lengths[:, None]).to(self.padded.device)
+        return _embeds(self.padded[rows.to(self.padded.device), :length].float(), mask, device, dtype)
+
+
+def _embeds(padded: Tensor, mask: Tensor, device, dtype: torch.dtype) -> PromptEmbeds:
+    """States [B,L,D], zero where mask [B,L] is, => with their means."""
+    pooled = padded.sum(1) / mask.sum(1, keepdim=True)
+    return PromptEmbeds(padded.to(device, dtype), mask.to(device), pooled.to(device, dtype))
+
+
+def captions_of(rings: list[Ring]) -> list[str]:
+    """All that a training may say of these rings."""
+    return [c for r in rings for c in r.captions + r.short_captions]
 
 
 @torch.no_grad()
-def encode_captions(pipeline: CoSERPipeline, captions: list[str]) -> CaptionStates:
-    """The text states of different captions."""
-    unique, states = sorted(set(captions) | {""}), {}
-    for i in range(0, len(unique), 64):
-        embeds = pipeline.encode_prompt(unique[i:i + 64])
-        for caption, state, mask in zip(unique[i:i + 64], embeds.states, embeds.mask):
+def encode_captions(pipeline: CoSERPipeline, captions: list[str], cache: Path | None = None) -> CaptionStates:
+    """The text states of different captions; kept in the folder `cache`, where given, for the next start."""
+    unique = set(captions) | {""}
+    name = f"captions-{pipeline.text_encoder.config.sha256[:16]}-{str(pipeline.unet.dtype).removeprefix('torch.')}"
+    states = {} if cache is None else _load_captions(cache / f"{name}.safetensors")
+    missing = sorted(unique - states.keys())
+    for i in range(0, len(missing), 64):
+        embeds = pipeline.encode_prompt(missing[i:i + 64])
+        for caption, state, mask in zip(missing[i:i + 64], embeds.states, embeds.mask):
             states[caption] = state[mask].half().cpu()
-    return CaptionStates(states)
+    if missing and cache is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+        tensors = {"states": torch.cat(list(states.values())), "lengths": torch.tensor([*map(len, states.values())])}
+        save_file(tensors, cache / "writing-captions", {"captions": json.dumps(list(states))})
+        (cache / "writing-captions").rename(cache / f"{name}.safetensors")
+    return CaptionStates({caption: states[caption] for caption in sorted(unique)})
+
+
+def _load_captions(path: Path) -> dict[str, Tensor]:
+    """Caption => states, of a file that encode_captions wrote; nothing where there is none."""
+    if not path.is_file():
+        return {}
+    with safe_open(path, "pt") as file:
+        captions = json.loads(file.metadata()["captions"])
+        return dict(zip(captions, file.get_tensor("states").split(file.get_tensor("lengths").tolist())))
+
+
+def weights_hash(vae_folder: Path) -> str:
+    """What files of an autoencoder's latents are named after."""
+    return hashlib.sha256((vae_folder / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -123,32 +191,54 @@ def encode_rings(vae: ViewAutoencoder, vae_folder: Path, rings: list[Ring],
 
     The cache is added to when rings are new and made anew when the autoencoder is another one.
     """
-    weights = hashlib.sha256((vae_folder / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    tensors = encoded_rings(vae, vae_folder, rings, cache)
+    return [tensors[r.path.stem] for r in rings], [float(tensors[f"{r.path.stem}/elevation"]) for r in rings]
+
+
+@torch.no_grad()
+def encoded_rings(vae: ViewAutoencoder, vae_folder: Path, rings: list[Ring], cache: Path,
+                  until: float = math.inf) -> dict[str, Tensor]:
+    """What `cache` holds for an autoencoder once `rings` are encoded, too: file stem => latents, stem/elevation => [1].
+
+    until: a reading of time.perf_counter() at which encoding stops, finished or not; rings go in an order that has
+    nothing to do with their names, so that those encoded by then are a fair sample.
+    """
+    weights = weights_hash(vae_folder)
     cache.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
-    for file in sorted(cache.glob(f"{weights[:16]}-*.safetensors")):
+    for file in sorted(cache.glob(f"{weights}-*.safetensors")):
         tensors |= load_file(file)
     fresh: dict[str, Tensor] = {}
-    for i, ring in enumerate(rings, 1):
-        if ring.path.stem not in tensors:
-            views, cameras = load_ring(ring.path)
-            latents = vae.views_to_latents(views.to(vae.device))
-            fresh[ring.path.stem] = latents.half().cpu().contiguous()
-            fresh[f"{ring.path.stem}/elevation"] = cameras.elevations.mean().reshape(1)
-        if fresh and (len(fresh) >= 400 or i == len(rings)):
+    missing = sorted((ring.path for ring in rings if ring.path.stem not in tensors),
+                     key=lambda path: zlib.crc32(path.stem.encode()))
+    upcoming = Prefetched(lambda i: load_file(missing[i]) if i < len(missing) else {})  # files are 9 MiB each
+    for i, path in enumerate(missing, 1):
+        late = time.perf_counter() >= until
+        if late and not fresh:
+            break
+        stored = upcoming(i - 1)
+        views = ring_to_views({k: stored[k].to(vae.device) for k in ("rgba", "depths")})
+        fresh[path.stem] = vae.views_to_latents(views).half().cpu().contiguous()
+        fresh[f"{path.stem}/elevation"] = stored["elevations"].mean().reshape(1)
+        if len(fresh) >= 400 or i == len(missing) or late:
             save_file(fresh, cache / "writing")  # under its name only when whole: a killed run leaves no half file
-            (cache / "writing").rename(cache / f"{weights[:16]}-{len(tensors):06d}.safetensors")
+            (cache / "writing").rename(cache / f"{weights}-{len(tensors):06d}.safetensors")
             tensors |= fresh
             fresh = {}
-            print(f"latents: {i}/{len(rings)} rings", flush=True)
-    return [tensors[r.path.stem] for r in rings], [float(tensors[f"{r.path.stem}/elevation"]) for r in rings]
+            print(f"latents: {i}/{len(missing)} rings", flush=True)
+    return tensors
 
 
 def flow_loss(unet: MultiviewUNet, batch: RingBatch, embeds: PromptEmbeds, generator: torch.Generator,
               mixers: tuple[str, ...] | None = None, levels: Tensor | None = None) -> Tensor:
-    """Mean squared error of the predicted flow (noise - clean) at noise levels [B], drawn where not given; a scalar."""
+    """Mean squared error of the predicted flow (noise - clean) at noise levels [B], drawn where not given; a scalar.
+
+    On a GPU the noise is drawn there, from the generator's seed: a processor takes as long for it as the GPU for all.
+    """
     levels = noise_levels(len(batch.latents), generator) if levels is None else levels
-    noise = torch.randn(batch.latents.shape, generator=generator)
+    if unet.device.type == "cuda":
+        generator = torch.Generator(unet.device).manual_seed(generator.initial_seed())
+    noise = torch.randn(batch.latents.shape, generator=generator, device=generator.device)
     clean, noise = batch.latents.to(unet.device), noise.to(unet.device)
     sigma = levels.to(unet.device)[:, None, None, None, None]
     noisy = (1 - sigma) * clean + sigma * noise
@@ -163,47 +253,131 @@ def drop_mixers(mixers: tuple[str, ...], generator: torch.Generator, share: floa
     return tuple(m for m, k in zip(mixers, keep.tolist()) if k)
 
 
-def run(options: argparse.Namespace, loop: Options) -> None:
-    """The whole training from parsed options."""
-    preset = PRESETS[options.preset]
+def compile_parts(unet: MultiviewUNet, backend: str = "inductor") -> None:
+    """Compiles, in place and when first called, residual blocks, feed-forwards and the mixers with many small steps.
+
+    Parts rather than the whole: which mixers are left out differs from step to step, and each choice would be another
+    whole. Shapes are fixed (dynamic=False), so that each view count has graphs of its own.
+    """
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    for part in unet.modules():
+        if isinstance(part, ResnetBlock):
+            part.compile(dynamic=False, backend=backend)
+        elif isinstance(part, MultiviewTransformerBlock):
+            part.ff.compile(dynamic=False, backend=backend)
+            for mixer in ("glance", "rectification"):
+                if hasattr(part, mixer):
+                    getattr(part, mixer).compile(dynamic=False, backend=backend)
+
+
+def latent_size(ring: Ring) -> int:
+    """Side of the latents of a ring's views."""
+    with safe_open(ring.path, "pt") as file:
+        return file.get_slice("rgba").get_shape()[-1] // 16
+
+
+def small_pipeline(options: argparse.Namespace, vae: ViewAutoencoder | None, size: int = 16) -> CoSERPipeline:
+    """The pipeline to train on the options' device, in their dtype, which will draw latents of `size` a side.
+
+    vae may be missing while only text is encoded.
+    """
     dtype = getattr(torch, options.dtype)
-    torch.manual_seed(options.seed)
-    stored_vae = ViewAutoencoder.from_pretrained(options.autoencoder, dtype=torch.float16)
-    vae = copy.deepcopy(stored_vae).to(options.device, dtype, memory_format=torch.channels_last).eval()
-    unet = MultiviewUNet(**preset["model"])
+    model = PRESETS[options.preset]["model"]
+    unet = MultiviewUNet(**model | {"unet": model["unet"] | {"sample_size": size}})
     if options.start:
         start_from(unet, options.start)
     unet = unet.to(options.device, dtype, memory_format=torch.channels_last)
     pipeline = CoSERPipeline(vae=vae, text_encoder=SentenceTextEncoder(), tokenizer=load_tokenizer(), unet=unet,
                              scheduler=small_scheduler()).to(options.device)
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a training reads: rings with their latents and elevations (degrees), the same held out, and all captions."""
+
+    rings: list[Ring]
+    latents: list[Tensor]
+    elevations: list[float]
+    held_out: list[Ring]
+    held_latents: list[Tensor]
+    held_elevations: list[float]
+    texts: CaptionStates
+
+
+def cache_folder(options: argparse.Namespace) -> Path:
+    return options.renders / "latents"
+
+
+def load_autoencoder(options: argparse.Namespace) -> tuple[ViewAutoencoder, ViewAutoencoder]:
+    """The options' autoencoder as it is stored, and as it computes."""
+    stored = ViewAutoencoder.from_pretrained(options.autoencoder, dtype=torch.float16)
+    computing = copy.deepcopy(stored).to(options.device, getattr(torch, options.dtype),
+                                         memory_format=torch.channels_last)
+    return stored, computing.eval()
+
+
+def prepare(options: argparse.Namespace, pipeline: CoSERPipeline, until: float = math.inf) -> TrainingData:
+    """Encodes what is not encoded yet, rings and captions, and loads it: the next start finds all of it in files.
+
+    until: a reading of time.perf_counter() at which encoding the rings to train on stops; the others are left out.
+    """
     rings = list_rings(options.renders, options.limit, options.min_kind_count)
-    held_out = list_rings(options.held_out)[:48]
-    cache = options.renders / "latents"
-    latents, elevations = encode_rings(vae, options.autoencoder, rings, cache)
+    held_out = list_rings(options.held_out)[:HELD_OUT_RINGS]
+    cache = cache_folder(options)
+    held_latents = encode_rings(pipeline.vae, options.autoencoder, held_out, cache)
+    tensors = encoded_rings(pipeline.vae, options.autoencoder, [] if options.encoded_only else rings, cache, until)
+    rings = [r for r in rings if r.path.stem in tensors]
+    if not rings:
+        raise ValueError(f"{cache} holds no latents of {options.renders} by {options.autoencoder} yet")
+    latents = [tensors[r.path.stem] for r in rings]
+    elevations = [float(tensors[f"{r.path.stem}/elevation"]) for r in rings]
+    texts = encode_captions(pipeline, captions_of(rings + held_out), cache)
+    return TrainingData(rings, latents, elevations, held_out, *held_latents, texts)
+
+
+def run(options: argparse.Namespace, loop: Options) -> None:
+    """The whole training from parsed options."""
+    preset = PRESETS[options.preset]
+    torch.manual_seed(options.seed)
+    stored_vae, vae = load_autoencoder(options)
+    pipeline = small_pipeline(options, vae, latent_size(list_rings(options.renders)[0]))
+    unet, data = pipeline.unet, prepare(options, pipeline)
+    rings, held_out, texts, latents = data.rings, data.held_out, data.texts, data.latents
     if options.data_on_device:
-        latents = [entry.to(options.device) for entry in latents]
-    batches = LatentRings(rings, latents, elevations, options.seed, tuple(options.view_counts or preset["view_counts"]),
+        latents, texts = torch.stack(latents).to(options.device), texts.on(options.device)
+    batches = LatentRings(rings, latents, data.elevations, options.seed,
+                          tuple(options.view_counts or preset["view_counts"]),
                           options.views_per_batch or preset["views_per_batch"], DROP_TEXT)
-    held_latents, held_elevations = encode_rings(vae, options.autoencoder, held_out, cache)
-    texts = encode_captions(pipeline, [c for r in rings + held_out for c in r.captions + r.short_captions])
     optimizer = MasterOptimizer(unet, lr=options.lr or preset["lr"], ema_decay=options.ema, use_muon=options.muon)
+    if options.compile:
+        compile_parts(unet)
     print(f"denoiser: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters, {options.dtype} on "
           f"{options.device}, {len(rings)} rings of {batches.ring_length} views, "
-          f"{len(texts.states)} captions", flush=True)
+          f"{len(data.texts.states)} captions", flush=True)
+    meter = Throughput(unet.device)
+    print(f"plain bf16 matmul: {meter.matmul:.3f} TFLOP/s", flush=True)
+
+    def batch_of_step(step: int) -> tuple[RingBatch, PromptEmbeds]:
+        batch = batches(step)
+        return batch, texts.batch(batch.captions, unet.device, unet.dtype)
+
+    upcoming = Prefetched(batch_of_step)
 
     def loss_of_step(step: int) -> tuple[Tensor, dict]:
-        batch = batches(step)
+        batch, embeds = upcoming(step)
         generator = step_generator(options.seed + 1, step)
         mixers = drop_mixers(tuple(unet.config.mixers), generator)
-        embeds = texts.batch(batch.captions, unet.device, unet.dtype)
-        return flow_loss(unet, batch, embeds, generator, mixers), {"num_views": len(batch.cameras)}
+        samples, num_views = batch.latents.shape[:2]
+        meter.did(samples * num_views, samples * sample_flop(meter, unet, batch, embeds, mixers))
+        return flow_loss(unet, batch, embeds, generator, mixers), {"num_views": num_views}
 
     @torch.no_grad()
     def evaluate(step: int, log: Log) -> None:
         unet.eval()
         figures: dict[str, list[float]] = {}
-        for i, (ring, clean, elevation) in enumerate(zip(held_out, held_latents, held_elevations)):
+        for i, (ring, clean, elevation) in enumerate(zip(held_out, data.held_latents, data.held_elevations)):
             num_views = (4, 6, 12)[i % 3] if len(clean) % 12 == 0 else len(clean)
             clean = clean[::len(clean) // num_views][None].float()
             batch = RingBatch(clean, Cameras.orbit(num_views, elevation), [ring.captions[0]])
@@ -227,7 +401,23 @@ def run(options: argparse.Namespace, loop: Options) -> None:
     (loop.run / "options.json").parent.mkdir(parents=True, exist_ok=True)
     chosen = {k: str(v) for k, v in vars(options).items() if k != "run_verb"}
     (loop.run / "options.json").write_text(json.dumps(chosen, indent=1))
-    train_loop(optimizer, loss_of_step, save_weights, evaluate, loop)
+    train_loop(optimizer, loss_of_step, save_weights, evaluate, loop, meter)
+
+
+def sample_flop(meter: Throughput, unet: MultiviewUNet, batch: RingBatch, embeds: PromptEmbeds,
+                mixers: tuple[str, ...]) -> int:
+    """Operations of a step, forwards and backwards, for one of the batch's samples.
+
+    Counted once for a view count and set of mixers, on the first sample that has them; all samples cost the same but
+    for the length of their texts. Leaves the parameters without gradients.
+    """
+    def work() -> None:
+        one = RingBatch(batch.latents[:1], batch.cameras, batch.captions[:1])
+        text = PromptEmbeds(embeds.states[:1], embeds.mask[:1], embeds.pooled[:1])
+        flow_loss(unet, one, text, torch.Generator().manual_seed(0), mixers).backward()
+        unet.zero_grad(set_to_none=True)
+
+    return meter.flop_once((len(batch.cameras), mixers), work)
 
 
 def start_from(unet: MultiviewUNet, folder: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,23 +21,38 @@ KEEP_CHECKPOINTS = 2
 
 @dataclass(frozen=True)
 class Budget:
-    """When a run ends: after `steps`, or after `minutes` of training (all sessions of the run together)."""
+    """When a run ends: after `steps`, or after `minutes` of training (all sessions of the run together).
+
+    until: a reading of time.perf_counter() by which the last evaluation and checkpoint are written, too; how long they
+    take is measured before the first step.
+    """
 
     steps: int | None = None
     minutes: float | None = None
+    until: float | None = None
 
     def __post_init__(self):
-        if self.steps is None and self.minutes is None:
+        if self.steps is None and self.minutes is None and self.until is None:
             raise ValueError("steps or minutes must be given, got neither: a run without an end has no schedule")
 
-    def progress(self, step: int, seconds: float) -> float:
-        """How much of the run is over, 0 to 1; depends on the clock only when `minutes` is given."""
-        return max(step / self.steps if self.steps else 0.0, seconds / 60 / self.minutes if self.minutes else 0.0)
+    def progress(self, step: int, seconds: float, ending: float = 0.0) -> float:
+        """How much of the run is over, 0 to 1; depends on the clock only when `minutes` or `until` is given.
+
+        seconds: spent so far, all sessions together. ending: what the end takes, in seconds, where `until` is given.
+        """
+        progress = max(step / self.steps if self.steps else 0.0, seconds / 60 / self.minutes if self.minutes else 0.0)
+        if self.until is None:
+            return progress
+        left = self.until - time.perf_counter() - ending
+        return max(progress, seconds / (seconds + left) if left > 0 else 1.0)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the loop needs to know; each is a command-line option of the same name."""
+    """What the loop needs to know; each is a command-line option of the same name.
+
+    save_every: steps. save_minutes: a checkpoint with an evaluation also after so many minutes without one.
+    """
 
     run: Path
     budget: Budget
@@ -44,6 +61,17 @@ class Options:
     evaluate_every: int = 500
     warmup: int = 100
     decay_from: float = 0.6
+    save_minutes: float | None = None
+
+
+class Meter(Protocol):
+    """Watches the steps of a training, evaluations and checkpoints left out: see coser.throughput.Throughput."""
+
+    def step(self) -> contextlib.AbstractContextManager:
+        """Around each step."""
+
+    def figures(self) -> dict[str, float]:
+        """What joins a line of the log: about the steps since the last line."""
 
 
 class Log:
@@ -67,11 +95,13 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def train_loop(optimizer: MasterOptimizer, loss_of_step: Callable[[int], tuple[torch.Tensor, dict]],
-               save_weights: Callable[[Path], None], evaluate: Callable[[int, Log], None], options: Options) -> int:
+               save_weights: Callable[[Path], None], evaluate: Callable[[int, Log], None], options: Options,
+               meter: Meter | None = None) -> int:
     """Runs or resumes a training to the end of its budget; returns the number of steps done.
 
     loss_of_step: step => loss and figures to log. save_weights: writes the model (averaged weights are in it) into a
-    folder. evaluate: logs held-out figures and writes pictures (averaged weights are in it).
+    folder. evaluate: logs held-out figures and writes pictures (averaged weights are in it). meter: adds its figures to
+    the log.
     """
     log = Log(options.run / "log.jsonl")
     seconds, start_step = 0.0, 0
@@ -82,10 +112,11 @@ def train_loop(optimizer: MasterOptimizer, loss_of_step: Callable[[int], tuple[t
         seconds, start_step = training["seconds"], training["step"]
         log(resumed=last.name, seconds=seconds)
     started = time.perf_counter() - seconds
-    step, saved_step = start_step, start_step
+    step, saved_step, ending = start_step, start_step, 0.0
 
     def save(evaluated: bool) -> None:
-        nonlocal saved_step
+        nonlocal saved_step, ending
+        began = time.perf_counter()
         saved_step = step
         optimizer.use_average()
         if evaluated:
@@ -101,17 +132,26 @@ def train_loop(optimizer: MasterOptimizer, loss_of_step: Callable[[int], tuple[t
         for old in checkpoints(options.run)[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old)
         optimizer.use_masters()
+        if evaluated:
+            ending = max(ending, time.perf_counter() - began)
 
-    while (progress := options.budget.progress(step, time.perf_counter() - started)) < 1:
-        loss, figures = loss_of_step(step)
-        loss.backward()
-        norm = optimizer.step(schedule(progress, step, options.warmup, options.decay_from))
+    if options.budget.until is not None and options.budget.progress(step, seconds) < 1:
+        save(True)  # measures the end, and finds out now rather than then whether it works
+    saved_at = time.perf_counter() - started
+    while (progress := options.budget.progress(step, (now := time.perf_counter() - started), ending)) < 1:
+        with meter.step() if meter else contextlib.nullcontext():
+            loss, figures = loss_of_step(step)
+            loss.backward()
+            norm = optimizer.step(schedule(progress, step, options.warmup, options.decay_from))
         step += 1
         if step % options.log_every == 0:
             log(step=step, loss=float(loss.detach()), norm=norm, progress=progress,
-                seconds=time.perf_counter() - started, **{k: float(v) for k, v in figures.items()})
-        if step % options.save_every == 0:
-            save(step % options.evaluate_every == 0)
+                seconds=time.perf_counter() - started, **{k: float(v) for k, v in figures.items()},
+                **(meter.figures() if meter else {}))
+        overdue = options.save_minutes is not None and now - saved_at > 60 * options.save_minutes
+        if step % options.save_every == 0 or overdue:
+            save(step % options.evaluate_every == 0 or overdue)
+            saved_at = time.perf_counter() - started
     if step > saved_step or (step > start_step and step % options.evaluate_every):
         save(True)
     return step

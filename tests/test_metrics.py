@@ -3,13 +3,10 @@
 import pytest
 import torch
 from skimage.metrics import structural_similarity
-from solids import cube
 
-from coser.cameras import Cameras
 from coser.evaluate import evaluate_reconstruction, parser
 from coser.data.assets import list_assets
-from coser.metrics import cross_render_psnr, psnr, sharpness, silhouette_iou, ssim
-from coser.rasterizer import render
+from coser.metrics import psnr, sharpness, silhouette_iou, ssim
 from coser.views import ViewSet
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -40,23 +37,6 @@ def test_ssim_is_that_of_scikit_image():
 def test_shapes_must_match():
     with pytest.raises(ValueError, match="one shape"):
         psnr(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 4))
-
-
-def test_cross_render_marks_the_view_that_contradicts_the_others():
-    cameras = Cameras.orbit(8)
-    views = render(*cube(0.5), cameras, 64)
-    agreeing = cross_render_psnr(views, cameras, resolution=48)
-    assert agreeing.shape == (4,) and agreeing.min() > 20
-    wrong = ViewSet(views.views.clone(), views.masks, views.depths)
-    wrong.views[5] = wrong.views[5].flip(0)
-    scores = cross_render_psnr(wrong, cameras, resolution=48)
-    assert scores.argmin() == 2 and scores[2] < agreeing.min() - 3
-
-
-def test_cross_render_needs_four_views():
-    cameras = Cameras.orbit(3)
-    with pytest.raises(ValueError, match="at least 4"):
-        cross_render_psnr(render(*cube(0.5), cameras, 16), cameras)
 
 
 def test_reconstruction_is_scored_from_a_folder_of_files(tmp_path, capsys):

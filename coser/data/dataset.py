@@ -1,6 +1,8 @@
 """What training reads: batches of rendered views for the autoencoder and latent rings with captions for the denoiser.
 
-Batches are functions of (seed, step) alone: a resumed run draws what the uninterrupted one would have drawn.
+Batches are functions of (seed, step) and of the rings, nothing else: a resumed run draws what the uninterrupted one
+would have drawn. While rings are still being rendered (`ViewBatches` with `relist`) that does not hold: a step then
+draws from the rings that were there when it was made, and no two runs see them come at the same step.
 """
 
 from __future__ import annotations
@@ -83,26 +85,42 @@ class ViewBatches:
     """Random views of random rings as channels [B,5,S,S] in [0,1], mirrored and with swapped colour channels at random.
 
     on_device: keep all views on `device` as uint8 and float16 (24 views of 256x256 are 9 MiB), else read from disk.
+    relist: lists the rings anew every `relist_every` steps, for rings that are still being rendered. A batch is then a
+    function of seed, step and the rings listed so far; only once all are there does a resumed run draw what an
+    uninterrupted one draws.
     """
 
-    def __init__(self, rings: list[Ring], batch_size: int, seed: int = 0, device: str = "cpu", on_device: bool = False):
-        self.rings, self.batch_size, self.seed, self.device = rings, batch_size, seed, device
-        self.cache = [{k: v.to(device) for k, v in load_file(r.path).items()} for r in rings] if on_device else None
+    def __init__(self, rings: list[Ring], batch_size: int, seed: int = 0, device: str = "cpu", on_device: bool = False,
+                 relist: Callable[[], list[Ring]] | None = None, relist_every: int = 100):
+        self.batch_size, self.seed, self.device = batch_size, seed, device
+        self.relist, self.relist_every = relist, relist_every
+        self.cache: dict[Path, dict[str, Tensor]] | None = {} if on_device else None
+        self.take(rings)
 
-    def _view(self, ring: int, pick: float) -> dict[str, Tensor]:
+    def take(self, rings: list[Ring]) -> None:
+        """Draws from these rings from now on."""
         if self.cache is not None:
-            i = int(pick * len(self.cache[ring]["rgba"]))
-            return {k: self.cache[ring][k][i:i + 1] for k in ("rgba", "depths")}
-        with safe_open(self.rings[ring].path, "pt") as file:
+            for path in (r.path for r in rings if r.path not in self.cache):
+                self.cache[path] = {k: v.to(self.device) for k, v in load_file(path).items()}
+        self.rings = rings
+
+    def _view(self, ring: Ring, pick: float) -> dict[str, Tensor]:
+        if self.cache is not None:
+            cached = self.cache[ring.path]
+            i = int(pick * len(cached["rgba"]))
+            return {k: cached[k][i:i + 1] for k in ("rgba", "depths")}
+        with safe_open(ring.path, "pt") as file:
             rgba, depths = file.get_slice("rgba"), file.get_slice("depths")
             i = int(pick * rgba.get_shape()[0])
             return {"rgba": rgba[i:i + 1].to(self.device), "depths": depths[i:i + 1].to(self.device)}
 
     def __call__(self, step: int) -> Tensor:
-        generator = step_generator(self.seed, step)
-        rings = torch.randint(len(self.rings), (self.batch_size,), generator=generator).tolist()
+        if self.relist is not None and step % self.relist_every == 0:
+            self.take(self.relist())
+        generator, listed = step_generator(self.seed, step), self.rings  # another thread may list meanwhile
+        rings = torch.randint(len(listed), (self.batch_size,), generator=generator).tolist()
         picks = torch.rand(self.batch_size, generator=generator).tolist()
-        views = [self._view(ring, pick) for ring, pick in zip(rings, picks)]
+        views = [self._view(listed[ring], pick) for ring, pick in zip(rings, picks)]
         channels = views_to_channels(ring_to_views({k: torch.cat([v[k] for v in views]) for k in ("rgba", "depths")}))
         # three quarters keep their colours: swapped channels teach other hues, not what is common
         order = torch.randint(6, (self.batch_size,), generator=generator)
@@ -152,10 +170,11 @@ class LatentRings:
     """Latent rings of many assets, cached as one tensor a ring length and elevation; draws batches for the denoiser.
 
     All samples of a batch share view count, start and elevation, so that they share one geometry; text is dropped for
-    `drop_text` of them. latents: per ring [V,C,h,w]; rings of a batch come from one elevation.
+    `drop_text` of them. latents: per ring [V,C,h,w]; rings of a batch come from one elevation. One tensor [R,V,C,h,w]
+    in place of the list, such as one on a GPU, gives the same batches by one indexing each.
     """
 
-    def __init__(self, rings: list[Ring], latents: list[Tensor], elevations: list[float], seed: int = 0,
+    def __init__(self, rings: list[Ring], latents: list[Tensor] | Tensor, elevations: list[float], seed: int = 0,
                  view_counts: tuple[int, ...] = (4, 6, 8, 12), views_per_batch: int = 48, drop_text: float = 0.1):
         self.groups: dict[float, list[int]] = {}
         for i, elevation in enumerate(elevations):
@@ -184,7 +203,10 @@ class LatentRings:
         samples = max(1, self.views_per_batch // num_views)
         drawn = torch.multinomial(self.weights[members], samples, replacement=True, generator=generator)
         picks = [members[i] for i in drawn.tolist()]
-        latents = torch.stack([self.latents[i][start::stride] for i in picks]).float()
+        if isinstance(self.latents, Tensor):
+            latents = self.latents[torch.tensor(picks, device=self.latents.device), start::stride].float()
+        else:
+            latents = torch.stack([self.latents[i][start::stride] for i in picks]).float()
         captions = []
         for i in picks:
             ring = self.rings[i]

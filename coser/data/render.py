@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import time
@@ -68,10 +69,11 @@ def _render_one(job: tuple[Asset, int, Path, int, int, str]) -> None:
 
 
 def render_assets(assets: list[Asset], output: Path, rings: int = 1, num_views: int = 24, size: int = 256,
-                  device: str = "cpu", workers: int = 1) -> None:
+                  device: str = "cpu", workers: int = 1, until: float = math.inf) -> None:
     """Renders `rings` rings of every asset into `output`.
 
-    On CUDA in this process, on a CPU over `workers` processes.
+    On CUDA in this process, on a CPU over `workers` processes. until: a reading of time.perf_counter() at which it
+    stops, finished or not; the next call goes on.
     """
     output.mkdir(parents=True, exist_ok=True)
     known = {}
@@ -86,18 +88,20 @@ def render_assets(assets: list[Asset], output: Path, rings: int = 1, num_views: 
     jobs = [job for job in jobs if not job[2].is_file()]
     jobs.sort(key=lambda job: (job[1], zlib.crc32(job[0].id.encode())))
     if device != "cpu" or workers <= 1:
-        _report(map(_render_one, jobs), len(jobs), num_views)
+        _report(map(_render_one, jobs), len(jobs), num_views, until)
     else:
         with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
-            _report(pool.imap_unordered(_render_one, jobs), len(jobs), num_views)
+            _report(pool.imap_unordered(_render_one, jobs), len(jobs), num_views, until)
 
 
-def _report(done: Iterator[None], jobs: int, num_views: int) -> None:
+def _report(done: Iterator[None], jobs: int, num_views: int, until: float) -> None:
     start = time.perf_counter()
     for i, _ in enumerate(done, 1):
         if i % 50 == 0 or i == jobs:
             rate = i * num_views / (time.perf_counter() - start)
             print(f"{i}/{jobs} rings, {rate:.1f} views/s", flush=True)
+        if time.perf_counter() >= until:
+            return
 
 
 def main(arguments: list[str] | None = None) -> None:

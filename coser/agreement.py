@@ -1,0 +1,354 @@
+"""How well a ring of views agrees with itself in three dimensions: figures without a reference, for CPU.
+
+All take the N views of a closed ring (view 0 is the neighbour of view N-1) and their cameras. A figure means something
+beside that of true renders (what the measure itself loses) and of `shuffled_ring` (what views of the same object give
+by chance).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.spatial import cKDTree
+from torch import Tensor
+
+from coser.cameras import Cameras, pixel_centers
+from coser.metrics import psnr, render_mesh, silhouette_iou, ssim
+from coser.reconstruction import Mesh, reconstruct
+from coser.reconstruction.maps import pixel_size, surface_points
+from coser.views import ViewSet, views_to_uint8
+
+CANDIDATES = 8  # triangles tried for a point's nearest one: those of the nearest samples and middles
+HULL_RADIUS = 1.3  # of the sphere in which hulls are looked for; objects lie in the unit sphere, hulls are larger
+COARSE, FINE = 32, 10  # depths a ray, and depths a coarse one where it may touch the hull
+# SIFT about as Yu et al. run it (COLMAP, edge threshold 30, ratio 0.8, matches that hold both ways), for pictures with
+# few corners: at their own size two in five pairs of true low-poly renders had too few matches, enlarged by 1.5 one in 50.
+RATIO, EDGE, CONTRAST, ENLARGED = 0.8, 30.0, 0.01, 1.5
+
+
+@dataclass(frozen=True)
+class CrossRender:
+    """The even views against the odd ones: psnr [N // 2], decibels on white of views 1, 3, 5, ... against the mesh of
+    the even ones; chamfer, symmetric Chamfer distance of the two halves' meshes, in the object's radius."""
+
+    psnr: Tensor
+    chamfer: float
+
+
+@dataclass(frozen=True)
+class Tsed:
+    """Thresholded symmetric epipolar distance: consistent [T], the share of the pairs of neighbours that are consistent
+    at each of the thresholds (pixels); matches, their mean number a pair; too_few, the share of pairs with fewer than
+    the least number of matches."""
+
+    thresholds: tuple[float, ...]
+    consistent: Tensor
+    matches: float
+    too_few: float
+
+
+def cross_render(views: ViewSet, cameras: Cameras, **options) -> CrossRender:
+    """The mesh of the even views against the odd views, and against their mesh; `options` go to `reconstruct`.
+
+    Raises ValueError for fewer than 4 views, and where either half shows no surface.
+    """
+    mesh = _half_mesh(views, cameras, 0, options)
+    return CrossRender(_odd_psnr(mesh, views, cameras), chamfer_distance(mesh, _half_mesh(views, cameras, 1, options)))
+
+
+def cross_render_psnr(views: ViewSet, cameras: Cameras, **options) -> Tensor:
+    """`cross_render` without the Chamfer distance, in half the time: decibels of views 1, 3, 5, ..., [N // 2].
+
+    The lowest one contradicts the others most.
+    """
+    return _odd_psnr(_half_mesh(views, cameras, 0, options), views, cameras)
+
+
+def held_out_rerender(views: ViewSet, cameras: Cameras, every: int = 4, **options) -> tuple[Tensor, Tensor]:
+    """The mesh of all but views 1, 1 + every, ..., rendered at those: psnr (decibels) and ssim [H], on white.
+
+    `options` go to `reconstruct`. Raises ValueError for fewer than 2 views, for `every` below 2, and where the other
+    views show no surface.
+    """
+    _check_ring(views, cameras, 2, "hold one out")
+    if every < 2:
+        raise ValueError(f"every must be at least 2 to leave views to reconstruct from, got {every}")
+    held = torch.arange(len(views)) % every == 1
+    mesh = reconstruct(views[~held], cameras[~held], **options)
+    pictures = _pictures(mesh, views, cameras, held)
+    return psnr(*pictures), ssim(*pictures)
+
+
+def chamfer_distance(mesh: Mesh, other: Mesh, samples: int = 20_000, seed: int = 0) -> float:
+    """Symmetric Chamfer distance: the mean of both surfaces' mean distance to the other, in world units.
+
+    From `samples` points on each, drawn evenly over its area; distances are to the triangles, not to points drawn on
+    them, so that equal surfaces are nearly 0 apart however they are cut into triangles.
+    """
+    (points, faces), (other_points, other_faces) = (sample_surface(m, samples, seed) for m in (mesh, other))
+    there = _surface_distances(points, other, other_points, other_faces)
+    back = _surface_distances(other_points, mesh, points, faces)
+    return float(there.mean() + back.mean()) / 2
+
+
+def sample_surface(mesh: Mesh, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """`count` points drawn evenly over a mesh's area, [count,3] float64, and their faces' numbers [count]."""
+    generator = np.random.default_rng(seed)
+    a, b, c = mesh.vertices.astype(np.float64)[mesh.faces].swapaxes(0, 1)
+    areas = np.linalg.norm(np.cross(b - a, c - a), axis=1).cumsum()
+    faces = np.searchsorted(areas, generator.random(count) * areas[-1], side="right").clip(max=len(areas) - 1)
+    u, v = generator.random((2, count, 1))
+    u, v = np.where(u + v > 1, (1 - u, 1 - v), (u, v))
+    return a[faces] + u * (b - a)[faces] + v * (c - a)[faces], faces
+
+
+def leave_one_out_hull_iou(views: ViewSet, cameras: Cameras, resolution: int = 96) -> Tensor:
+    """IoU [N] of each view's silhouette with that of the visual hull of all other silhouettes (Laurentini 1994).
+
+    Silhouettes are where coverage is at least 0.5. They are compared at resolution x resolution points of the picture.
+    Whether the hull covers such a point is asked along its ray in steps below a pixel, not of a grid of voxels, which
+    would lose what is thinner than a voxel (image-based visual hulls: Matusik et al. 2000). A hull is larger than its
+    object, the more so the fewer views there are. Raises ValueError for fewer than 2 views, and where none shows
+    anything.
+    """
+    _check_ring(views, cameras, 2, "leave one out")
+    masks, cameras = views.masks.float().cpu(), cameras.to("cpu")
+    if not (masks >= 0.5).any():
+        raise ValueError("views show nothing: no pixel has a mask of at least 0.5")
+    uv = pixel_centers(resolution)
+    own = F.grid_sample(masks, uv.expand(len(views), 1, -1, -1) * 2 - 1, align_corners=False)[:, 0, 0] >= 0.5
+    distances = cameras.centers.norm(dim=-1)
+    step = 2 * HULL_RADIUS / COARSE
+    # how far, in pixels of any view, a point may lie from the nearest coarse one of its ray
+    reach = 0.5 * step * 1.2 / float(pixel_size(cameras, masks.shape[-1], distances.min() - HULL_RADIUS))
+    wide = 2 * math.ceil(reach + 0.5) + 1
+    nearby = F.max_pool2d(F.max_pool2d(masks, (wide, 1), 1, (wide // 2, 0)), (1, wide), 1, (0, wide // 2)) >= 0.5
+    covered = torch.stack([_hull_covers(i, uv, masks, nearby, cameras) for i in range(len(views))])
+    shape = (len(views), 1, resolution, resolution)
+    return silhouette_iou(covered.reshape(shape).float(), own.reshape(shape).float())
+
+
+def tsed(views: ViewSet, cameras: Cameras, thresholds: tuple[float, ...] = (.5, 1, 1.5, 2, 3, 4, 5, 7, 10),
+         min_matches: int = 10) -> Tsed:
+    """Thresholded symmetric epipolar distance of neighbours (Yu et al. 2023, arXiv 2304.10700, section 4).
+
+    A pair of neighbours is consistent at a threshold (pixels of the views) where at least min_matches SIFT points match
+    and the median of their distances to each other's epipolar lines, known from the cameras, lies below it. Matches
+    along an epipolar line are not told from true ones, and a ring's lines are nearly level: what lies at the right
+    height in the wrong view passes. Raises ValueError for fewer than 2 views, ImportError without OpenCV.
+    """
+    _check_ring(views, cameras, 2, "compare neighbours")
+    features = _sift_features(views_to_uint8(views))
+    order = torch.arange(len(views)).roll(-1)
+    matrices = fundamental_matrices(cameras, cameras[order], views.views.shape[-1]).cpu().numpy()
+    medians, counts = [], []
+    for i, matrix in enumerate(matrices):
+        here, there = _matched(features[i], features[order[i]])
+        counts.append(len(here))
+        enough = len(here) >= max(min_matches, 1)
+        medians.append(np.median(epipolar_distances(here, there, matrix)) if enough else np.inf)
+    consistent = (torch.tensor(medians)[:, None] < torch.tensor(thresholds)).double().mean(0)
+    return Tsed(tuple(thresholds), consistent, float(np.mean(counts)), float((np.array(counts) < min_matches).mean()))
+
+
+def fundamental_matrices(cameras: Cameras, others: Cameras, size: int) -> Tensor:
+    """F [N,3,3] float64 of N pairs of cameras: x' F x = 0 where both see one point at pixels x = (uv * size, 1).
+
+    F x is the epipolar line in the other picture of pixel x. Raises ValueError for orthographic cameras.
+    """
+    if cameras.orthographic or others.orthographic:
+        raise ValueError("cameras must be perspective to have epipolar lines through a centre, got orthographic ones")
+    (first, from_first), (second, from_second) = ((c.centers.double(), _pixel_rays(c, size)) for c in (cameras, others))
+    x, y, z = (first - second).unbind(-1)
+    zero = torch.zeros_like(x)
+    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).view(-1, 3, 3)
+    # both rays and the line between the centres lie in one plane
+    return from_second.transpose(1, 2) @ cross @ from_first
+
+
+def epipolar_distances(points: np.ndarray, others: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Symmetric epipolar distances [M] of matches, pixels [M,2] each: the mean of both distances from the lines."""
+    points, others = (np.concatenate([p, np.ones((len(p), 1))], 1) for p in (points, others))
+    lines, other_lines = others @ matrix, points @ matrix.T
+    off = np.abs((lines * points).sum(1))
+    lengths = [np.linalg.norm(line[:, :2], axis=1).clip(1e-12) for line in (lines, other_lines)]
+    return (off / lengths[0] + off / lengths[1]) / 2
+
+
+def neighbour_depth_agreement(views: ViewSet, cameras: Cameras, tolerance: float = 0.02) -> Tensor:
+    """The share [N] of what view i and its neighbour i + 1 show that the other of the two does not contradict.
+
+    Every pixel of the surface is carried into the other view by its depth. It is contradicted where it lands on
+    nothing, or more than `tolerance` (world units) in front of what is seen there; it may be hidden behind something.
+    The nearest of the four pixels around the landing point counts; what lands outside the picture does not. 0 where a
+    pair shows nothing. Raises ValueError for fewer than 2 views, and for views without depth.
+    """
+    _check_ring(views, cameras, 2, "compare neighbours")
+    views, cameras = views.to("cpu", torch.float32), cameras.to("cpu")
+    points, shown = surface_points(views, cameras)
+    if not shown.any():
+        raise ValueError("views have no depth: no pixel has a mask of at least 0.5 and a depth")
+    depths = torch.where(shown.view_as(views.depths), views.depths, torch.inf)
+    nearest = -F.max_pool2d(-F.pad(depths, (1, 1, 1, 1), value=torch.inf), 2, 1)[:, 0]  # of the 4 around each corner
+    shares = []
+    for i in range(len(views)):
+        j = (i + 1) % len(views)
+        fates = [_uncontradicted(points[a][shown[a]], nearest[b], cameras[b], tolerance) for a, b in ((i, j), (j, i))]
+        shares.append(torch.cat(fates).float().sum() / max(1, sum(map(len, fates))))
+    return torch.stack(shares)
+
+
+def shuffled_ring(views: ViewSet, seed: int = 0) -> ViewSet:
+    """The same views in a random order: none in its own place, and not just the ring turned. What chance gives.
+
+    Raises ValueError for fewer than 4 views, which have no such order.
+    """
+    count = len(views)
+    if count < 4:
+        raise ValueError(f"views must be at least 4 to be shuffled without turning the ring, got {count}")
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(count, generator=generator)
+        turned_by = (order - torch.arange(count)) % count
+        if turned_by.all() and (turned_by != turned_by[0]).any():
+            return views[order.to(views.views.device)]
+
+
+def _check_ring(views: ViewSet, cameras: Cameras, least: int, purpose: str) -> None:
+    if len(views) != len(cameras):
+        raise ValueError(f"cameras must be as many as the views ({len(views)}), got {len(cameras)}")
+    if len(views) < least:
+        raise ValueError(f"views must be at least {least} to {purpose}, got {len(views)}")
+
+
+def _half_mesh(views: ViewSet, cameras: Cameras, first: int, options: dict) -> Mesh:
+    _check_ring(views, cameras, 4, "set odd against even ones")
+    half = slice(first, None, 2)
+    return reconstruct(views[half], cameras[half], **options)
+
+
+def _odd_psnr(mesh: Mesh, views: ViewSet, cameras: Cameras) -> Tensor:
+    return psnr(*_pictures(mesh, views, cameras, slice(1, None, 2)))
+
+
+def _pictures(mesh: Mesh, views: ViewSet, cameras: Cameras, which) -> tuple[Tensor, Tensor]:
+    """The mesh at some of the cameras, and those views, on white."""
+    seen = render_mesh(mesh, cameras[which], views.views.shape[-1])
+    return seen.on_background(), views[which].on_background().float().cpu()
+
+
+def _surface_distances(points: np.ndarray, mesh: Mesh, samples: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Distances [P] of points [P,3] from a mesh, of which samples [M,3] on its faces [M] are known."""
+    triangles = mesh.vertices.astype(np.float64)[mesh.faces]
+    known = np.concatenate([samples, triangles.mean(1)])  # small triangles may have no sample, large ones have many
+    faces = np.concatenate([faces, np.arange(len(triangles))])
+    _, near = cKDTree(known).query(points, min(CANDIDATES, len(known)))
+    return _triangle_distances(points[:, None], triangles[faces[near.reshape(len(points), -1)]]).min(1)
+
+
+def _triangle_distances(points: np.ndarray, triangles: np.ndarray) -> np.ndarray:
+    """Points [...,3] and triangles [...,3,3] => distances [...]: to the plane above the inside, else to an edge."""
+    edges = np.roll(triangles, -1, -2) - triangles
+    to_points = points[..., None, :] - triangles
+    normals = np.cross(edges[..., 0, :], edges[..., 1, :])
+    inside = ((np.cross(edges, to_points) * normals[..., None, :]).sum(-1) > 0).all(-1)
+    height = np.abs((to_points[..., 0, :] * normals).sum(-1)) / np.linalg.norm(normals, axis=-1).clip(1e-30)
+    along = (to_points * edges).sum(-1) / (edges * edges).sum(-1).clip(1e-30)
+    to_edges = np.linalg.norm(to_points - along.clip(0, 1)[..., None] * edges, axis=-1)
+    return np.where(inside, height, to_edges.min(-1))
+
+
+def _hull_covers(view: int, uv: Tensor, masks: Tensor, nearby: Tensor, cameras: Cameras) -> Tensor:
+    """Whether the hull of all other silhouettes covers the points uv [P,2] of a view's picture, [P] bool."""
+    axes = cameras.camera_to_world[:, :3, 2]
+    others = [j for j in (axes @ axes[view]).abs().argsort().tolist() if j != view]  # from the side: they say most
+    origins, directions = (t[0] for t in cameras[view].rays(uv))
+    start, step = cameras.centers[view].norm() - HULL_RADIUS, 2 * HULL_RADIUS / COARSE
+    depths = (start + (torch.arange(COARSE) + 0.5) * step).expand(len(uv), -1).reshape(-1)
+    rays = torch.arange(len(uv)).repeat_interleave(COARSE)
+
+    def kept(rays: Tensor, depths: Tensor, says) -> tuple[Tensor, Tensor]:
+        for j in others:
+            seen_at, _ = cameras[j].project(origins[rays] + depths[:, None] * directions[rays])
+            inside = says(j, seen_at[0])
+            rays, depths = rays[inside], depths[inside]
+        return rays, depths
+
+    def may_lie_inside(j: int, at: Tensor) -> Tensor:
+        column, row = (at * masks.shape[-1]).floor().long().unbind(-1)
+        size = masks.shape[-1]
+        index = row.clamp(0, size - 1) * size + column.clamp(0, size - 1)
+        return nearby[j].reshape(-1)[index]
+
+    def lies_inside(j: int, at: Tensor) -> Tensor:
+        return F.grid_sample(masks[j:j + 1], at[None, None] * 2 - 1, align_corners=False)[0, 0, 0] >= 0.5
+
+    rays, depths = kept(rays, depths, may_lie_inside)
+    covered = torch.zeros(len(uv), dtype=torch.bool)
+    covered[kept(rays, depths, lies_inside)[0]] = True
+    open_ = ~covered[rays]
+    between = ((torch.arange(FINE) + 0.5) / FINE - 0.5) * step
+    rays, depths = rays[open_].repeat_interleave(FINE), (depths[open_, None] + between).reshape(-1)
+    covered[kept(rays, depths, lies_inside)[0]] = True
+    return covered
+
+
+def _pixel_rays(cameras: Cameras, size: int) -> Tensor:
+    """Pixels (uv * size, 1) => directions in the world, up to their length: [N,3,3] float64."""
+    pixel = 2 / (size * cameras.focal)
+    to_camera = torch.tensor([[pixel, 0, -1 / cameras.focal], [0, -pixel, 1 / cameras.focal], [0, 0, -1]],
+                             dtype=torch.float64, device=cameras.device)
+    return cameras.rotations.double().transpose(1, 2) @ to_camera
+
+
+def _sift_features(pictures: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """uint8 pictures [N,S,S,3] => of each, points [K,2] in pixels (uv * S) and RootSIFT descriptors [K,128]."""
+    try:
+        import cv2
+    except ImportError as missing:
+        raise ImportError("tsed needs OpenCV: pip install opencv-python-headless") from missing
+    sift = cv2.SIFT_create(contrastThreshold=CONTRAST, edgeThreshold=EDGE, enable_precise_upscale=True)
+    features = []
+    for picture in pictures:
+        grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+        large = cv2.resize(grey, None, fx=ENLARGED, fy=ENLARGED, interpolation=cv2.INTER_CUBIC)
+        points, descriptors = sift.detectAndCompute(large, None)
+        # OpenCV's first pixel has its centre at 0
+        points = (np.array([p.pt for p in points]).reshape(-1, 2) + 0.5) * (len(grey) / len(large))
+        descriptors = np.zeros((0, 128), np.float32) if descriptors is None else descriptors
+        features.append((points, np.sqrt(descriptors / descriptors.sum(1, keepdims=True).clip(1e-12))))
+    return features
+
+
+def _matched(first: tuple[np.ndarray, np.ndarray],
+             second: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Points [M,2] of both pictures whose descriptors are each other's nearest, far nearer than the second nearest."""
+    if min(len(first[0]), len(second[0])) < 2:
+        return np.zeros((0, 2)), np.zeros((0, 2))
+    likeness = first[1] @ second[1].T  # of descriptors of length 1
+    there, back = _unambiguous(likeness), _unambiguous(likeness.T)
+    here = np.flatnonzero((there >= 0) & (back[there] == np.arange(len(there))))
+    return first[0][here], second[0][there[here]]
+
+
+def _unambiguous(likeness: np.ndarray) -> np.ndarray:
+    """The best column of each row [R]; -1 where the second best is less than 1 / RATIO times as far."""
+    best = likeness.argmax(1)
+    top = -np.partition(-likeness, 1, axis=1)[:, :2]
+    near, second = np.sqrt(np.maximum(2 - 2 * top, 0)).T
+    return np.where(near < RATIO * second, best, -1)
+
+
+def _uncontradicted(points: Tensor, nearest: Tensor, camera: Cameras, tolerance: float) -> Tensor:
+    """Of points [P,3] that land in the picture of a camera, whether they lie on or behind what it sees: bool.
+
+    nearest [S+1,S+1]: the least depth of the four pixels around each pixel's corner, infinite where there is nothing.
+    """
+    uv, depth = (t[0] for t in camera.project(points))
+    lands = ((uv >= 0) & (uv < 1)).all(-1) & (depth > 0)
+    column, row = (uv[lands] * (len(nearest) - 1) + 0.5).long().unbind(-1)
+    return depth[lands] >= nearest[row, column] - tolerance

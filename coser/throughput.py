@@ -1,0 +1,95 @@
+"""How much of a machine a training uses: views and floating point operations a second, against plain bf16 products."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Hashable, Iterator
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from coser.stopwatch import attention_flop, synchronize
+
+# Side of the matrices, and products a timing: on a GPU one alone would be timed with its launch.
+BF16_PRODUCTS = {"cuda": (8192, 10), "cpu": (2048, 2)}
+
+
+def attention_backward_flop(grad_out, query, key, value, *rest, **named) -> int:
+    """Of CPU attention's gradient, from shapes [B,H,L,D]: scores again, then both factors of each of its two products.
+
+    torch's own table, which knows the GPU's kernels alone, counts five products there against two forwards.
+    """
+    return attention_flop(query, key, value) * 5 // 2
+
+
+def flop_of(work: Callable[[], object]) -> int:
+    """Floating point operations of one call of `work`: products, convolutions, attention.
+
+    Compiled parts run uncompiled, since a counter sees nothing inside them. Custom kernels (the Triton scan) are not
+    seen either: where one is in use this is a lower bound.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping={
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flop,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flop})
+    with torch.compiler.set_stance("force_eager"), counter:
+        work()
+    return counter.get_total_flops()
+
+
+def bf16_matmul_rate(device: torch.device) -> float:
+    """TFLOP/s of a large square bf16 matrix product, the best of four timings."""
+    size, repeats = BF16_PRODUCTS.get(device.type, BF16_PRODUCTS["cpu"])
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    best = float("inf")
+    for _ in range(4):
+        synchronize(device)
+        began = time.perf_counter()
+        for _ in range(repeats):
+            a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 * repeats / best / 1e12
+
+
+class Throughput:
+    """What a training does in a second, told at every line of its log: the `meter` of `coser.train_loop.train_loop`.
+
+    matmul: TFLOP/s of a plain bf16 product on the machine, measured here where not given. A step is `with
+    meter.step():`, and inside it `meter.did(views, flop)`; `figures()` => views_per_second, tflops and mfu (share of
+    `matmul`) since the last time it was asked. Between steps (evaluating, saving) no time counts.
+    """
+
+    def __init__(self, device: torch.device, matmul: float | None = None):
+        self.device = device
+        self.matmul = bf16_matmul_rate(device) if matmul is None else matmul
+        self.known: dict[Hashable, int] = {}
+        self.seconds = self.views = self.flop = 0.0
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        synchronize(self.device)
+        self.seconds += time.perf_counter() - began
+
+    def did(self, views: int, flop: float) -> None:
+        self.views += views
+        self.flop += flop
+
+    def flop_once(self, key: Hashable, work: Callable[[], object]) -> int:
+        """`flop_of(work)`, run and counted when `key` is first asked for; its time counts in no figure."""
+        if key not in self.known:
+            synchronize(self.device)
+            began = time.perf_counter()
+            self.known[key] = flop_of(work)
+            synchronize(self.device)
+            self.seconds -= time.perf_counter() - began
+        return self.known[key]
+
+    def figures(self) -> dict[str, float]:
+        seconds = max(self.seconds, 1e-9)
+        tflops = self.flop / seconds / 1e12
+        out = {"views_per_second": self.views / seconds, "tflops": tflops, "mfu": tflops / self.matmul}
+        self.seconds = self.views = self.flop = 0.0
+        return out

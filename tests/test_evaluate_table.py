@@ -1,0 +1,132 @@
+"""The table of quality: prompts drawn from a vocabulary, rings scored beside their ceiling and floor, and going on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from coser import evaluate_table
+from coser.cameras import Cameras
+from coser.data.dataset import Ring, list_rings
+from coser.data.render import save_ring
+from coser.evaluate_table import (QUESTIONS, Column, Question, draw_questions, draw_rings, geometry_figures,
+                                  judge_figures, load_questions, markdown, score_column, slug, spread, summarise)
+from coser.judge import ViewJudge
+from tests.drawn_pipeline import NOTHING, box_views
+from tests.tiny import tiny_pipeline
+
+
+def ring(asset_id, kind, color):
+    return Ring(Path(f"{asset_id}-0.safetensors"), asset_id, kind, (f"a {color} {kind}",), (color,))
+
+
+def always(kind: str, color: str) -> ViewJudge:
+    """A judge that gives the same answer to everything."""
+    judge = ViewJudge(kinds=("box", "ball"), colors=("red", "blue"), channels=(16, 16, 16), blocks=(1, 1, 1),
+                      fronted_kinds=("ball",), janus_floor=0.1, janus_ratio=0.5).eval()
+    with torch.no_grad():
+        for layer, words, word in ((judge.to_kinds, judge.config.kinds, kind),
+                                   (judge.histogram.words[-1], judge.config.colors, color)):
+            layer.weight.zero_()
+            layer.bias.copy_(torch.tensor([1.0 if w == word else 0.0 for w in words]))
+        judge.to_sectors.weight.zero_()
+    return judge
+
+
+@pytest.fixture(scope="module")
+def box():
+    cameras = Cameras.orbit(8, 20.0)
+    return box_views("a red box", cameras), cameras
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, box):
+    """Rings of a red and a blue box and one that shows nothing."""
+    path = tmp_path_factory.mktemp("rings")
+    rows = []
+    for prompt, color in (("a red box", "red"), ("a blue box", "blue"), (NOTHING, "red")):
+        save_ring(path / f"{slug(prompt)}-0.safetensors", box_views(prompt, box[1]), box[1])
+        rows.append({"id": slug(prompt), "object": "box", "captions": [prompt], "colors": [color], "seconds": 1.0})
+    (path / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_questions_come_from_the_vocabulary():
+    rings = [ring(f"c{i}", "oak chair", color) for i, color in enumerate(("red", "red", "blue"))]
+    rings += [ring(f"a{i}", "rocks", "grey") for i in range(5)] + [ring("t", "table", "brown")]
+    rings += [ring(f"c0~{color}", "chair", color) for color in ("pink", "teal", "green")]
+    asked = draw_questions(rings, 2)
+    assert {(q.prompt, q.object, q.color) for q in asked} == {("a red chair", "chair", "red"),
+                                                             ("a blue chair", "chair", "blue")}
+    assert draw_questions(rings, 2) == asked
+    with pytest.raises(ValueError, match="at most 2, .* got 3"):
+        draw_questions(rings, 3)
+
+
+def test_the_shipped_questions_are_whole():
+    vocabulary, held_out = (load_questions(QUESTIONS, name) for name in ("vocabulary", "held_out_pairs"))
+    assert len({q.prompt for q in vocabulary}) == 100 and len({q.prompt for q in held_out}) == 40
+    for question in vocabulary + held_out:
+        assert question.prompt.split() == [question.prompt.split()[0], question.color, question.object]
+    assert not {(q.object, q.color) for q in vocabulary} & {(q.object, q.color) for q in held_out}
+    with pytest.raises(ValueError, match="vocabulary, held_out_pairs, got 'nonsense'"):
+        load_questions(QUESTIONS, "nonsense")
+
+
+def test_drawing_goes_on_where_it_stopped(tmp_path):
+    pipeline = tiny_pipeline()
+    asked = [Question("a red box", "box", "red"), Question("a blue box", "box", "blue")]
+    first = draw_rings(pipeline, asked[:1], tmp_path / "rings", num_views=4, num_inference_steps=1)
+    written = first[0].path.read_bytes()
+    both = draw_rings(pipeline, asked, tmp_path / "rings", num_views=4, num_inference_steps=1)
+    assert [r.captions[0] for r in both] == ["a blue box", "a red box"] and first[0].path.read_bytes() == written
+    index = evaluate_table.read_index(tmp_path / "rings")
+    assert index["a_red_box"]["stages"]["denoising steps"] > 0 and index["a_red_box"]["seconds"] > 0
+
+
+def test_true_renders_agree_better_than_shuffled_ones(box):
+    views, cameras = box
+    true = geometry_figures(views, cameras)
+    shuffled = geometry_figures(evaluate_table.agreement.shuffled_ring(views), cameras)
+    for figure in ("cross_psnr", "hull_iou", "own_iou", "held_out_psnr", "depth_agreement"):
+        assert true[figure] > shuffled[figure], figure
+    assert true["watertight"] == 1
+
+
+def test_verdicts_are_the_judges(box):
+    views, cameras = box
+    reference = torch.nn.functional.normalize(torch.randn(3, 128, generator=torch.Generator().manual_seed(0)), dim=-1)
+    asked = ring("x", "box", "red")
+    assert judge_figures(always("box", "red"), reference, asked, views, cameras)["both_right"] == 1
+    for kind, color, right in (("box", "blue", (1, 0)), ("ball", "red", (0, 1))):
+        figures = judge_figures(always(kind, color), reference, asked, views, cameras)
+        assert (figures["object_right"], figures["color_right"]) == right and figures["both_right"] == 0
+        assert "janus" not in figures, "a box has no front"
+    every_side_alike = judge_figures(always("ball", "red"), reference, ring("x", "ball", "red"), views, cameras)
+    assert every_side_alike["janus"] == 1
+    unknown = judge_figures(always("ball", "red"), reference, ring("x", "violin", "gold"), views, cameras)
+    assert not {"object_right", "color_right", "both_right", "janus"} & set(unknown)
+
+
+def test_columns_resume_and_name_what_shows_nothing(folder, tmp_path, monkeypatch):
+    rings = list_rings(folder)
+    column, file = Column("generated", rings), tmp_path / "scores.jsonl"
+    asked = []
+
+    def judge_of(ring, views, cameras):
+        asked.append(ring.asset_id)
+        return {"object_right": float(ring.asset_id == "a_red_box")}
+
+    scores = score_column(column, judge_of, 8, file)
+    assert [row["failed"] for row in scores] == [0.0, 0.0, 1.0] and "why" in scores[2]
+    assert score_column(column, judge_of, 8, file) == scores and len(asked) == 3, "nothing is measured twice"
+    summary = summarise({"generated": scores, "ceiling": scores[:1]})
+    assert summary["generated"]["object_right"] == pytest.approx(1 / 3) and summary["generated"]["cross_psnr/count"] == 2
+    table = markdown(summary, {"decoding": 0.25})
+    assert "| object right, first guess of the judge | 33.3% | 0.0% |" in table and "| decoding | 0.25 |" in table
+    assert "Janus" not in table, "what was not measured has no line"
+
+
+def test_spread_takes_the_whole_length():
+    assert spread(list(range(10)), 4) == [0, 2, 5, 7] and spread([1, 2], None) == [1, 2] and spread([1, 2], 5) == [1, 2]

@@ -1,0 +1,429 @@
+"""The recipe, rehearsed whole on tiny sizes: killed, copied, gone on with, and what it leaves."""
+
+import copy
+import json
+import shutil
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import trimesh
+from solids import cube, sphere, table
+from torch import nn
+
+from coser import train_denoiser, train_loop, train_recipe
+from coser.cameras import Cameras
+from coser.data.dataset import RingBatch, ViewBatches, list_rings
+from coser.models.unet import MultiviewUNet
+from coser.optimizer import MasterOptimizer
+from coser.pipeline import CoSERPipeline
+from coser.shards import read_shards
+from coser.throughput import Throughput, bf16_matmul_rate, flop_of
+from coser.train import main
+from coser.train_loop import Budget, Options, checkpoints
+from coser.train_recipe import PROMPTS, STAGES, Background, Record, same_weights, split_assets
+
+SOLIDS = {"red-cube": cube(0.5), "big-cube": cube(0.6), "ball": sphere(0.7, rows=6), "table": table()}
+TINY = ["--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--minutes", "10", "--size", "64",
+        "--num-views", "4", "--workers", "1", "--prompts", "1", "--log-every", "1", "--warmup", "2"]
+
+
+class Killed(BaseException):
+    """Nothing in the code may catch it."""
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    """Four solids as GLB files with their captions beside them."""
+    folder = tmp_path_factory.mktemp("assets")
+    for name, (vertices, faces, _) in SOLIDS.items():
+        trimesh.Trimesh(vertices.numpy(), faces.numpy(), process=False).export(folder / f"{name}.glb")
+        (folder / f"{name}.txt").write_text(f"a {name.replace('-', ' ')}\nan object\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch):
+    monkeypatch.setattr(train_denoiser, "SAMPLE_PROMPTS", ("a red cube",))
+    monkeypatch.setattr(train_recipe, "DRAWING", dict(num_views=4, num_inference_steps=2))
+    monkeypatch.setattr(train_recipe, "PROMPT_SECONDS", {})
+
+
+def recipe(run) -> dict:
+    return json.loads((run / "recipe.json").read_text())
+
+
+def log(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def stamps(folder) -> dict:
+    return {p.relative_to(folder): p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+
+
+def kill_denoiser_at(step, monkeypatch):
+    """The run dies as by SIGKILL between the gradients and the update of a step of the denoiser."""
+    schedule, trained = train_loop.schedule, train_denoiser.run
+    denoising = []
+
+    def watched(*args):
+        denoising.append(True)
+        return trained(*args)
+
+    def until(progress, at, *args):
+        if denoising and at == step:
+            raise Killed
+        return schedule(progress, at, *args)
+
+    monkeypatch.setattr(train_denoiser, "run", watched)
+    monkeypatch.setattr(train_loop, "schedule", until)
+
+
+@pytest.fixture(scope="module")
+def killed(assets, tmp_path_factory):
+    """A run that was killed at the denoiser's step 3, one step after its last checkpoint."""
+    run = tmp_path_factory.mktemp("first") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(train_denoiser, "SAMPLE_PROMPTS", ("a red cube",))
+        kill_denoiser_at(3, monkeypatch)
+        with pytest.raises(Killed):
+            main(["all", "--assets", str(assets), "--run", str(run), *TINY, "--steps", "4",
+                  "--denoiser-arguments", "--save-every 2"])
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(assets, killed, tmp_path_factory):
+    """The killed run, gone on with as a copy, which is what another machine gets: (copy, what it held before)."""
+    run = tmp_path_factory.mktemp("second") / "copied"
+    shutil.copytree(killed, run)
+    before = stamps(run)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(train_denoiser, "SAMPLE_PROMPTS", ("a red cube",))
+        monkeypatch.setattr(train_recipe, "DRAWING", dict(num_views=4, num_inference_steps=2))
+        monkeypatch.setattr(train_recipe, "PROMPT_SECONDS", {})
+        main(["all", "--assets", str(assets), "--run", str(run), *TINY, "--steps", "4"])
+    return run, before
+
+
+def test_a_killed_run_leaves_records_of_what_it_finished_alone(killed):
+    stages = recipe(killed)["stages"]
+    assert list(stages) == ["render", "autoencoder", "latents"] and all(s["finished"] for s in stages.values())
+    assert checkpoints(killed / "denoiser")[-1].name == "checkpoint-2" and not (killed / "shards").exists()
+
+
+def test_a_copy_goes_on_where_the_killed_run_stopped(killed, finished):
+    run, before = finished
+    kept = {p: when for p, when in stamps(run).items() if p.parts[0] in ("renders", "autoencoder")}
+    assert kept and kept == {p: when for p, when in before.items() if p.parts[0] in ("renders", "autoencoder")}
+    assert {"resumed": "checkpoint-2"}.items() <= next(e for e in log(run / "denoiser") if "resumed" in e).items()
+    steps = [e["step"] for e in log(run / "denoiser") if "norm" in e]
+    assert steps == [1, 2, 3, 3, 4]  # the third is done again
+    losses = {e["step"]: e["loss"] for e in log(killed / "denoiser") if "norm" in e}
+    again = [e["loss"] for e in log(run / "denoiser") if e.get("step") == 3 and "norm" in e]
+    assert again == [losses[3]] * 2
+
+
+def test_a_finished_recipe_has_all_stages_their_seconds_and_figures(finished):
+    found = recipe(finished[0])
+    assert list(found["stages"]) == list(STAGES) and len(found["sessions"]) == 2
+    assert all(s["finished"] and s["seconds"] >= 0 for s in found["stages"].values())
+    figures = {name: stage["figures"] for name, stage in found["stages"].items()}
+    assert figures["render"]["rings"] == figures["latents"]["rings"] == 3 and figures["render"]["held_out"] == 1
+    assert figures["autoencoder"]["step"] == figures["denoiser"]["step"] == 4
+    assert 0 < figures["denoiser"]["mfu"] < 1 and figures["denoiser"]["views_per_second"] > 0
+    assert figures["evaluation"]["prompts"] == 1 and figures["evaluation"]["autoencoder"]["psnr"] > 0
+
+
+def test_shards_join_to_the_last_checkpoint_s_pipeline_and_it_draws(finished, tmp_path):
+    run, last = finished[0], checkpoints(finished[0] / "denoiser")[-1]
+    read_shards(run / "shards", tmp_path / "joined")
+    files = {p.relative_to(last) for p in last.rglob("*") if p.is_file() and not p.name.startswith("training")}
+    for folder in (tmp_path / "joined", run / "pipeline"):
+        assert {p.relative_to(folder) for p in folder.rglob("*") if p.is_file()} == files
+        assert all((folder / f).read_bytes() == (last / f).read_bytes() for f in files)
+    pipeline = CoSERPipeline.from_pretrained(tmp_path / "joined", dtype=torch.float32)
+    step = pipeline("a red cube", num_views=4, num_inference_steps=1, generator=torch.Generator().manual_seed(0))
+    assert step.views.views.shape == (4, 3, 64, 64) and bool(step.views.views.isfinite().all())
+
+
+def test_a_new_budget_where_renders_and_the_autoencoder_s_run_stayed_behind_goes_on(assets, finished, tmp_path):
+    run = tmp_path / "third"
+    shutil.copytree(finished[0], run, ignore=lambda folder, names: {"renders", "autoencoder"} & set(names))
+    main(["all", "--assets", str(assets), "--run", str(run), *TINY, "--steps", "5", "--prompts", "0"])
+    assert not (run / "autoencoder").exists() and len(list_rings(run / "renders" / "train")) == 3
+    assert checkpoints(run / "denoiser")[-1].name == "checkpoint-5"
+    assert recipe(run)["stages"]["shards"]["figures"]["checkpoint"] == "checkpoint-5"
+    vaes = [f / "vae" for f in (checkpoints(run / "denoiser")[-1], checkpoints(finished[0] / "autoencoder")[-1])]
+    assert same_weights(*vaes)
+
+
+def test_another_autoencoder_than_the_denoiser_s_is_refused(assets, finished, pipeline_folder):
+    with pytest.raises(ValueError, match="autoencoder must be the one whose latents"):
+        main(["all", "--assets", str(assets), "--run", str(finished[0]), *TINY,
+              "--autoencoder", str(pipeline_folder / "vae")])
+
+
+def test_pipelines_to_start_from_and_given_autoencoders_are_taken(assets, finished, tmp_path):
+    start = finished[0] / "pipeline"
+    main(["all", "--assets", str(assets), "--run", str(tmp_path / "given"), *TINY, "--steps", "1", "--prompts", "0",
+          "--start", str(start), "--autoencoder", str(start / "vae"), "--denoiser-arguments", "--lr 1e-9"])
+    stages = recipe(tmp_path / "given")["stages"]
+    assert stages["autoencoder"]["figures"] == {"given": str(start / "vae")}
+    unets = [MultiviewUNet.from_pretrained(f / "unet") for f in (start, tmp_path / "given" / "pipeline")]
+    for a, b in zip(*(u.parameters() for u in unets)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_the_autoencoder_trains_while_the_rest_renders(assets, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_recipe, "FIRST_RINGS", 1)
+    rendered, trained = train_recipe.render_assets, train_recipe.train_autoencoder.run
+    listed = []
+
+    def one_then_wait(chosen, output, *args, **kwargs):
+        if output.name == "train":
+            rendered(chosen[:1], output, *args, **kwargs)
+            while not listed:
+                time.sleep(0.01)
+        rendered(chosen, output, *args, **kwargs)
+
+    def watched(options, loop):
+        listed.append(len(list_rings(options.renders)))
+        assert options.relist_every
+        trained(options, loop)
+
+    monkeypatch.setattr(train_recipe, "render_assets", one_then_wait)
+    monkeypatch.setattr(train_recipe.train_autoencoder, "run", watched)
+    main(["all", "--assets", str(assets), "--run", str(tmp_path / "run"), *TINY, "--steps", "2", "--prompts", "0",
+          "--overlap"])
+    assert listed == [1] and recipe(tmp_path / "run")["stages"]["latents"]["figures"]["rings"] == 3
+    assert list((tmp_path / "run" / "renders" / "train" / "latents").glob("captions-*"))
+
+
+def test_an_error_while_rendering_beside_is_raised_and_not_waited_out():
+    def fail():
+        raise ValueError("a broken mesh")
+
+    with pytest.raises(ValueError, match="a broken mesh"):
+        Background(fail).wait(60)
+
+
+def test_a_budget_that_is_over_ends_the_recipe_without_a_checkpoint_and_the_next_one_goes_on(assets, tmp_path, capsys):
+    command = ["all", "--assets", str(assets), "--run", str(tmp_path / "run"), *TINY, "--steps", "1", "--prompts", "0"]
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match="minutes must leave time"):
+        main([*command, "--minutes", "0.0001"])
+    assert time.perf_counter() - began < 30
+    main(command)
+    assert list(recipe(tmp_path / "run")["stages"]) == list(STAGES)
+
+
+def test_loose_assets_are_held_out_by_their_name_and_packed_ones_as_they_say(assets, tmp_path):
+    train, held_out = split_assets(assets)
+    assert len(train) == 3 and len(held_out) == 1 and {a.id for a in train + held_out} == set(SOLIDS)
+    again = split_assets(shutil.copytree(assets, tmp_path / "elsewhere"))
+    assert [a.id for a in again[1]] == [held_out[0].id]
+    (tmp_path / "one").mkdir()
+    shutil.copy(assets / "ball.glb", tmp_path / "one")
+    with pytest.raises(ValueError, match="at least two"):
+        split_assets(tmp_path / "one")
+    row = {"shard": "none.npz", "captions": ["x"]}
+    (tmp_path / "packed").mkdir()
+    rows = [row | {"id": i, "split": s} for i, s in (("a", "train"), ("b", "val"), ("c", "extra"), ("d", "train"))]
+    (tmp_path / "packed" / "index.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    train, held_out = split_assets(tmp_path / "packed")
+    assert [a.id for a in train] == ["a", "d"] and [a.id for a in held_out] == ["b"]
+
+
+def test_a_record_keeps_the_order_of_stages_and_adds_up_sessions(tmp_path):
+    record = Record(tmp_path / "recipe.json")
+    record.add("shards", 1.0, True, {})
+    record.add("render", 2.0, False, {"rings": 1})
+    again = Record(tmp_path / "recipe.json")
+    again.add("render", 3.0, True, {"rings": 2})
+    assert list(again.stages) == ["render", "shards"] and again.stages["render"]["seconds"] == 5.0
+    assert not record.finished("render") and Record(tmp_path / "recipe.json").finished("render")
+    assert Record(tmp_path / "recipe.json").figures("render") == {"rings": 2}
+
+
+def test_there_are_prompts_to_draw():
+    assert len(PROMPTS.read_text("utf-8").splitlines()) >= 8
+
+
+# what the recipe asks of the loop, the data and the machine
+
+
+class Clock:
+    """A clock that goes on when told to."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def timed_run(folder, clock, until, step_seconds=1.0, end_seconds=5.0, **options) -> tuple[int, list[float]]:
+    """A toy training in which a step and an evaluation take so long: steps done, and the progress at each."""
+    net = nn.Linear(2, 1)
+
+    def loss_of_step(step):
+        clock.now += step_seconds
+        return net(torch.ones(1, 2)).square().mean(), {}
+
+    def evaluate(step, log):
+        clock.now += end_seconds
+
+    steps = train_loop.train_loop(MasterOptimizer(net), loss_of_step, lambda folder: None, evaluate,
+                                  Options(folder, Budget(until=until), save_every=1000, log_every=1, **options))
+    progress = [e["progress"] for e in log(folder) if "norm" in e] if steps else []
+    return steps, progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(train_loop, "time", SimpleNamespace(perf_counter=clock))
+    return clock
+
+
+def test_a_run_until_a_moment_has_its_last_evaluation_behind_it_then(tmp_path, clock):
+    steps, progress = timed_run(tmp_path, clock, until=160.0)
+    assert 159 <= clock.now <= 161  # one rehearsed end, fifty steps, the end
+    assert steps == 50 and progress == sorted(progress) and 0 < progress[0] < 0.15 and 0.95 < progress[-1] < 1
+    assert checkpoints(tmp_path)[-1].name == "checkpoint-50"
+
+
+def test_a_resumed_run_is_as_far_as_its_share_of_all_the_time(tmp_path, clock):
+    timed_run(tmp_path, clock, until=160.0)
+    steps, progress = timed_run(tmp_path, clock, until=clock.now + 60)
+    assert steps > 85 and progress[50] == pytest.approx(0.53, abs=0.05)
+
+
+def test_checkpoints_are_made_by_the_clock(tmp_path, clock):
+    timed_run(tmp_path, clock, until=400.0, end_seconds=0.0, save_minutes=1.0)
+    # the step in which a minute is over ends first: after 62, 124, 186 and 248 seconds, and at the end
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-248", "checkpoint-300"]
+
+
+def test_a_step_without_time_for_its_end_is_not_begun(tmp_path, clock):
+    assert timed_run(tmp_path, clock, until=107.0)[0] == 0 and clock.now == 105.0
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-0"]
+    assert timed_run(tmp_path / "late", clock, until=90.0)[0] == 0 and not checkpoints(tmp_path / "late")
+
+
+def test_rings_that_appear_are_drawn_from_once_they_are_listed(renders):
+    everything = list_rings(renders[0])
+    there = everything[:1]
+    growing = ViewBatches(everything[:1], 6, relist=lambda: there, relist_every=2)
+    assert torch.equal(growing(1), ViewBatches(everything[:1], 6)(1))
+    there = everything
+    assert torch.equal(growing(1), ViewBatches(everything[:1], 6)(1))  # not yet
+    for step in (2, 3):
+        assert torch.equal(growing(step), ViewBatches(everything, 6)(step))
+    cached = ViewBatches(everything[:1], 6, on_device=True, relist=lambda: everything, relist_every=1)
+    assert torch.equal(cached(3), growing(3))
+
+
+def test_operations_of_products_are_counted_also_inside_compiled_parts_and_gradients():
+    layer, x = nn.Linear(64, 32, bias=False), torch.randn(16, 64, requires_grad=True)
+    layer.compile()
+    assert flop_of(lambda: layer(x)) == 2 * 16 * 64 * 32
+    assert flop_of(lambda: layer(x).sum().backward()) == 3 * 2 * 16 * 64 * 32
+    assert bf16_matmul_rate(torch.device("cpu")) > 0
+
+
+def test_gradients_of_attention_cost_five_products():
+    q = torch.randn(2, 3, 8, 4, requires_grad=True)
+    forward = flop_of(lambda: nn.functional.scaled_dot_product_attention(q, q, q))
+    assert forward == 2 * 2 * (2 * 3 * 8 * 8 * 4)
+    both = flop_of(lambda: nn.functional.scaled_dot_product_attention(q, q, q).sum().backward())
+    assert both == forward + 5 * (2 * 2 * 3 * 8 * 8 * 4)
+
+
+def test_throughput_is_work_over_the_seconds_of_steps(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("coser.throughput.time.perf_counter", clock)
+    meter = Throughput(torch.device("cpu"), matmul=2.0)
+    for _ in range(2):
+        with meter.step():
+            clock.now += 0.5
+            meter.did(12, 1e12)
+            meter.flop_once("counted", lambda: setattr(clock, "now", clock.now + 7))  # its time counts in nothing
+        clock.now += 60  # an evaluation
+    assert meter.figures() == pytest.approx({"views_per_second": 24.0, "tflops": 2.0, "mfu": 1.0})
+    with meter.step():
+        clock.now += 1
+    assert meter.figures()["views_per_second"] == 0
+
+
+def test_a_sample_s_operations_are_counted_for_each_view_count_and_are_as_many_as_the_batch_s(pipeline):
+    meter, unet = Throughput(torch.device("cpu"), matmul=1.0), pipeline.unet
+    counted = {}
+    for num_views in (2, 4):
+        batch = RingBatch(torch.randn(3, num_views, 4, 16, 16), Cameras.orbit(num_views), ["a"] * 3)
+        embeds = pipeline.encode_prompt(batch.captions)
+        mixers = tuple(unet.config.mixers)
+        counted[num_views] = train_denoiser.sample_flop(meter, unet, batch, embeds, mixers)
+        fewer = train_denoiser.sample_flop(meter, unet, batch, embeds, mixers[:1])
+        whole = flop_of(lambda: train_denoiser.flow_loss(unet, batch, embeds, torch.Generator().manual_seed(0),
+                                                         mixers).backward())
+        unet.zero_grad(set_to_none=True)
+        assert fewer < counted[num_views] and whole == pytest.approx(3 * counted[num_views], rel=1e-3)
+    assert counted[4] > 1.9 * counted[2] and all(p.grad is None for p in unet.parameters())
+
+
+def test_captions_are_encoded_once(pipeline, tmp_path, monkeypatch):
+    captions = ["a red barrel", "a wooden chair with four legs"]
+    first = train_denoiser.encode_captions(pipeline, captions, tmp_path).states
+    more = train_denoiser.encode_captions(pipeline, [*captions, "a taxi"], tmp_path).states
+    monkeypatch.setattr(type(pipeline), "encode_prompt", None)  # whoever asked would fail
+    again = train_denoiser.encode_captions(pipeline, ["a taxi", *captions], tmp_path).states
+    assert again.keys() == {"", "a taxi", *captions} and again.keys() == more.keys()
+    assert all(torch.equal(again[c], more[c]) for c in more) and all(torch.equal(first[c], more[c]) for c in first)
+
+
+def test_a_table_of_captions_gives_the_same_batches(pipeline):
+    texts = train_denoiser.encode_captions(pipeline, ["a red barrel", "a wooden chair with four legs"])
+    for captions in (["a red barrel", ""], ["a wooden chair with four legs", "", "a red barrel"]):
+        ours, theirs = (t.batch(captions, "cpu", torch.float32) for t in (texts.on("cpu"), texts))
+        assert all(torch.equal(getattr(ours, k), getattr(theirs, k)) for k in ("states", "mask", "pooled"))
+
+
+def test_encoding_that_runs_out_of_time_leaves_whole_rings_and_goes_on(renders, pipeline, pipeline_folder, tmp_path,
+                                                                       monkeypatch):
+    rings, vae = list_rings(renders[0]), pipeline_folder / "vae"
+    clock = Clock()
+    monkeypatch.setattr(train_denoiser, "time", SimpleNamespace(perf_counter=clock))
+    loaded = train_denoiser.load_file
+
+    def slowly(path):
+        clock.now += 10
+        return loaded(path)
+
+    monkeypatch.setattr(train_denoiser, "load_file", slowly)
+    part = train_denoiser.encoded_rings(pipeline.vae, vae, rings, tmp_path, until=105.0)
+    monkeypatch.undo()
+    stems = {k for k in part if not k.endswith("/elevation")}
+    assert 0 < len(stems) < len(rings)
+    whole = train_denoiser.encoded_rings(pipeline.vae, vae, rings, tmp_path)
+    assert {r.path.stem for r in rings} <= whole.keys() and all(torch.equal(whole[k], part[k]) for k in part)
+
+
+def test_compiled_parts_compute_the_same_loss_gradients_and_names_of_weights(pipeline):
+    losses, gradients = [], []
+    plain = copy.deepcopy(pipeline.unet)
+    compiled = copy.deepcopy(plain)
+    train_denoiser.compile_parts(compiled, backend="aot_eager")  # traced as for a compiler, but without one's minutes
+    for unet in (plain, compiled):
+        generator = torch.Generator().manual_seed(0)
+        batch = RingBatch(torch.randn(2, 3, 4, 4, 4, generator=generator), Cameras.orbit(3), ["a", "b"])
+        loss = train_denoiser.flow_loss(unet, batch, pipeline.encode_prompt(batch.captions), generator)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        gradients.append({name: p.grad for name, p in unet.named_parameters() if p.grad is not None})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and gradients[0].keys() == gradients[1].keys()
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
+    assert sum(m._compiled_call_impl is not None for m in compiled.modules()) > 10
+    assert copy.deepcopy(compiled).state_dict().keys() == plain.state_dict().keys()
