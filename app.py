@@ -18,12 +18,13 @@ from pathlib import Path
 
 import gradio as gr
 
+from coser.examples import Example, load_examples
 from coser.pipeline import ELEVATIONS, NUM_VIEWS
 from coser.request import CONSISTENCY, GUIDANCE_SCALE, NUM_INFERENCE_STEPS, SEED, GenerationRequest
 from coser.studio import (KEPT_SECONDS, SMALL, Studio, file_name, log_to_terminal, remove_old_runs, run_folder,
                           session_folder)
 
-PROMPTS = Path(__file__).parent / "examples" / "prompts.txt"
+EXAMPLES = Path(__file__).parent / "examples" / "gallery"
 DEFAULTS = GenerationRequest(prompt="a red barrel")
 STOP = "stop"  # a file of this name in a session's folder asks its run to end; files reach ZeroGPU's worker process too
 
@@ -40,34 +41,45 @@ CSS = """
 .gradio-container .html-container {padding: 0}
 #title h1 {margin: 0; font-size: 1.9rem; letter-spacing: -.02em} #title p {margin: 0; opacity: .7}
 #ask {gap: 10px; align-items: stretch} #ask textarea, #ask input {font-size: 1.1rem; height: 100%}
-#examples .gallery {gap: 6px} #examples .gallery-item {border-radius: 999px; padding: 4px 11px}
-#examples .gallery-item * {padding: 0; font-size: .85rem}
+#examples {border: 0; background: none; overflow: visible}
+#examples .gallery-container, #examples .grid-wrap {height: auto; min-height: 0; max-height: none;
+  padding: 0; overflow: visible}
+#examples .grid-container {grid-template-columns: repeat(12, minmax(0, 1fr)); gap: 8px; padding: 0; height: auto}
+#examples .thumbnail-item {display: block; aspect-ratio: auto; background: white}
+#examples .thumbnail-item img {width: 100%; height: auto; aspect-ratio: 1}
+#examples .caption-label {position: static; max-width: none; margin: 0; padding: 0 4px 5px; border: 0;
+  box-shadow: none; background: none; white-space: normal; text-align: center; font-size: .75rem;
+  line-height: 1.15; opacity: 1 !important}
 #status .words {display: flex; justify-content: space-between; gap: 12px; font-size: .95rem}
 #status .words span {opacity: .75; white-space: nowrap; font-variant-numeric: tabular-nums}
 #status .track {height: 6px; margin-top: 8px; border-radius: 3px; background: var(--border-color-primary)}
 #status .bar {height: 100%; border-radius: 3px; background: #c2410c; transition: width .25s linear}
+#status .note {margin-top: 8px; font-size: .9rem; opacity: .8} #status .note:empty {display: none}
+#status .example .track {visibility: hidden}
 #status .done .bar {background: #4d7c0f} #status .stopped .bar {background: #a8a29e}
 #views img {width: 100%; height: 100%; object-fit: contain; background: white}
 .heading {margin-bottom: -6px; font-size: .8rem; font-weight: 600; letter-spacing: .06em; opacity: .6;
   text-transform: uppercase}
 footer {opacity: .6}
 @media (max-width: 700px) {
+  #examples .grid-wrap {overflow-x: auto; scrollbar-width: none}
+  #examples .grid-container {grid-template-columns: repeat(12, 84px); width: max-content}
   #ask > * {min-width: 0 !important} #ask #prompt {flex: 1 0 100%} #ask #go {flex: 3} #ask #stop {flex: 1}
-  #examples .gallery {flex-wrap: nowrap; overflow-x: auto; scrollbar-width: none} #examples .gallery-item {flex: none}
   #views, #views > * {height: auto !important} #views .image-container {aspect-ratio: 4 / 3}
   #model {height: 340px !important}
 }
 """
 STATUS = """<div class="line ${value.stage}" role="status" aria-live="polite">
 <div class="words"><b>${value.message}</b><span>${value.figures}</span></div>
-<div class="track"><div class="bar" style="width:${value.percent}%"></div></div></div>"""
+<div class="track"><div class="bar" style="width:${value.percent}%"></div></div>
+<div class="note">${value.note}</div></div>"""
 
 
 class Desk:
-    """What the page's events do, around one studio; visitors are told apart by their session."""
+    """What the page's events do, around one studio and finished examples; visitors are told apart by their session."""
 
-    def __init__(self, studio: Studio, root: Path):
-        self.studio, self.root = studio, root
+    def __init__(self, studio: Studio, root: Path, examples: list[Example]):
+        self.studio, self.root, self.examples = studio, root, examples
         self.line: set[str] = set()  # the sessions that draw or wait to draw
 
     def folder(self, request: gr.Request) -> Path:
@@ -111,6 +123,18 @@ class Desk:
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
+    def show(self, chosen: gr.SelectData, request: gr.Request):
+        """Put a finished example on the stage and its prompt and settings into their fields; nothing is computed."""
+        if request.session_hash in self.line:
+            raise gr.Error("One at a time: press Stop first.", print_exception=False)
+        example = self.examples[chosen.index]
+        asked = example.request
+        message = (f"Pre-made example, drawn earlier by the checkpoint “{example.checkpoint}” (seed {asked.seed}). "
+                   "Generate draws it now.")
+        return (asked.prompt, asked.num_views, asked.guidance_scale, asked.num_inference_steps, asked.elevation,
+                asked.seed, False, asked.consistency, status_line("example", message), str(example.views),
+                str(example.glb), gr.DownloadButton(value=str(example.glb), interactive=True))
+
     def stop(self, request: gr.Request):
         """Ask the session's run to end after the step it is in."""
         (self.folder(request) / STOP).touch()
@@ -145,7 +169,7 @@ def checked(prompt, *settings) -> GenerationRequest:
 def status_line(stage: str, message: str) -> dict:
     """The progress line's value while no step has been made."""
     return with_figures({"stage": stage, "step": 0, "total": 0, "percent": 0, "seconds_left": None, "seed": None,
-                         "message": message})
+                         "message": message, "note": ""})
 
 
 def with_figures(status: dict) -> dict:
@@ -184,7 +208,8 @@ def setting_inputs() -> list[gr.components.Component]:
 
 def build_app(studio: Studio, root: Path) -> gr.Blocks:
     """The page around a loaded studio, visitors' files under `root`; nothing starts until `launch`."""
-    desk = Desk(studio, root)
+    examples = load_examples(EXAMPLES)
+    desk = Desk(studio, root, examples)
     with gr.Blocks(title="CoSER · a sentence becomes a 3D asset", delete_cache=(600, KEPT_SECONDS)) as demo:
         gr.HTML("<h1>CoSER</h1><p>Type a sentence, watch its views appear, turn the object, take it home.</p>",
                 elem_id="title")
@@ -193,9 +218,9 @@ def build_app(studio: Studio, root: Path) -> gr.Blocks:
                                 show_label=False, container=False, scale=6, autofocus=True, elem_id="prompt")
             go = gr.Button("Generate", variant="primary", scale=1, min_width=110, elem_id="go")
             stop = gr.Button("Stop", scale=1, min_width=80, interactive=False, elem_id="stop")
-        samples = [[line] for line in PROMPTS.read_text("utf-8").splitlines()[:15]]  # two lines of a desktop
-        examples = gr.Dataset(components=[prompt], samples=samples, show_label=False, samples_per_page=len(samples),
-                              elem_id="examples")
+        gallery = gr.Gallery([(e.thumbnail(), e.request.prompt) for e in examples], show_label=False, columns=12,
+                             allow_preview=False, object_fit="contain", interactive=False, container=False, buttons=[],
+                             visible=bool(examples), elem_id="examples")
         with gr.Accordion("Settings", open=False, elem_id="settings"), gr.Row():
             settings = setting_inputs()
         status = gr.HTML(status_line("idle", "Ready"), html_template=STATUS, elem_id="status")
@@ -210,9 +235,8 @@ def build_app(studio: Studio, root: Path) -> gr.Blocks:
                                    clear_color=(1.0, 1.0, 1.0, 1.0), camera_position=(60, 75, None), elem_id="model")
                 download = gr.DownloadButton("Download GLB", interactive=False, elem_id="download")
 
-        chosen = examples.click(lambda sample: sample[0], examples, prompt, queue=False, show_progress="hidden",
-                                api_visibility="private")
-        chosen.then(None, js="() => document.getElementById('go').click()", api_visibility="private")
+        gallery.select(desk.show, None, [prompt, *settings, status, views, model, download], queue=False,
+                       show_progress="hidden", api_visibility="private")
         seed = settings[4]
         quiet = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
         started = gr.on([prompt.submit, go.click], desk.begin, [prompt, *settings],
@@ -245,7 +269,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def launch(demo: gr.Blocks, **options) -> str:
     """Serve the page with its looks; returns its address (at once, with prevent_thread_lock)."""
-    _, url, _ = demo.launch(theme=THEME, css=CSS, footer_links=["api"], run_history=False, ssr_mode=False, **options)
+    _, url, _ = demo.launch(theme=THEME, css=CSS, footer_links=["api"], run_history=False, ssr_mode=False,
+                             allowed_paths=[str(EXAMPLES)], **options)
     return url
 
 

@@ -75,9 +75,16 @@ def output_path(output: Path | None, request: GenerationRequest) -> Path:
 
 
 def show(updates: Iterator[GenerationUpdate]) -> GenerationUpdate:
-    """Print the updates as they come, on one line where a terminal can rewrite it; returns the last one."""
+    """Print a note on its own line and the updates as they come, on one line where a terminal can rewrite it.
+
+    Returns the last update.
+    """
     live = sys.stderr.isatty()
+    noted = ""
     for update in updates:
+        if update.note != noted:
+            noted = update.note
+            print(f"\r\033[K{noted}" if live else noted, file=sys.stderr)
         left = "" if not update.seconds_left else f", {update.seconds_left:.0f} s left"
         line = f"{update.percent:3d} %  {update.message}{left}"
         print(f"\r\033[K{line}" if live else line, end="" if live else "\n", file=sys.stderr, flush=True)

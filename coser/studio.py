@@ -29,6 +29,7 @@ from coser.pipeline import CoSERPipeline, MultiviewStep
 from coser.reconstruction import Mesh, reconstruct, save_glb
 from coser.request import GenerationRequest
 from coser.views import ViewSet, picture_grid, views_to_uint8
+from coser.vocabulary import load_vocabulary, sentence_embedder
 
 log = logging.getLogger("coser")
 
@@ -45,6 +46,7 @@ class GenerationUpdate:
     stage: "waiting", "denoising", "reconstructing", "done" or "stopped". step of total: denoising steps finished.
     percent: 0 to 100 of the whole run. seconds_left: an estimate, None while there is nothing to estimate from.
     picture: the grid of views so far, None before the first step. glb, run_file: paths, set when "done".
+    note: from when the run has its turn, what to tell the visitor about the prompt; "" when there is nothing to say.
     """
 
     stage: str
@@ -57,12 +59,13 @@ class GenerationUpdate:
     picture: Image.Image | None = None
     glb: Path | None = None
     run_file: Path | None = None
+    note: str = ""
 
     def status(self) -> dict:
         """What a progress line shows, as plain JSON values."""
         left = None if self.seconds_left is None else round(self.seconds_left, 1)
         return {"stage": self.stage, "step": self.step, "total": self.total, "percent": self.percent,
-                "seconds_left": left, "seed": self.seed, "message": self.message}
+                "seconds_left": left, "seed": self.seed, "message": self.message, "note": self.note}
 
 
 class Studio:
@@ -81,6 +84,7 @@ class Studio:
         if not (Path(checkpoint) / "model_index.json").is_file() and not re.fullmatch(HUB_ID, str(checkpoint)):
             raise ValueError(f"checkpoint must be a folder with a model_index.json or a hub id, got {checkpoint}")
         self.pipeline = CoSERPipeline.from_pretrained(checkpoint).to(self.device, self.dtype)
+        self.vocabulary = load_vocabulary(checkpoint, sentence_embedder(self.pipeline))  # None: it has not been told
         self.lane = threading.Lock()
         self._finish_seconds = 2.0  # what reconstruction took last time; the first run's estimate starts from this
         source = "the shipped one" if Path(checkpoint) == SMALL else "as asked"
@@ -90,14 +94,14 @@ class Studio:
                  self.device, device_reason, str(self.dtype).removeprefix("torch."), dtype_reason, scan, scan_reason,
                  checkpoint, source, time.perf_counter() - began)
 
-    def generate(self, request: GenerationRequest, glb: Path,
-                 should_stop: Callable[[], bool] = lambda: False) -> Iterator[GenerationUpdate]:
+    def generate(self, request: GenerationRequest, glb: Path, should_stop: Callable[[], bool] = lambda: False,
+                 **options: int) -> Iterator[GenerationUpdate]:
         """Draw the views, build the mesh, write `glb` and, beside it, the views (.png) and the run's settings (.json).
 
         Yields an update at once, one with the starting noise, one after every denoising step, one when reconstruction
         starts and one at the end.
-        `should_stop` is asked between steps; a stopped run ends with stage "stopped" and writes nothing.
-        Raises ValueError when the views hold nothing that a mesh could be made of.
+        `should_stop` is asked between steps; a stopped run ends with stage "stopped" and writes nothing. `options` go
+        to `reconstruct`. Raises ValueError when the views hold nothing that a mesh could be made of.
         """
         run = _Run(request.with_drawn_seed(), self._finish_seconds)
         yield run.update("waiting", "Waiting for the run before this one" if self.lane.locked() else "Starting")
@@ -106,15 +110,17 @@ class Studio:
                 yield run.stopped()
                 return
         try:  # released however the run ends, also when the reader goes away in the middle
-            yield from self._generate(run, Path(glb), should_stop)
+            yield from self._generate(run, Path(glb), should_stop, options)
         finally:
             self.lane.release()
 
-    def _generate(self, run: "_Run", glb: Path, should_stop: Callable[[], bool]) -> Iterator[GenerationUpdate]:
+    def _generate(self, run: "_Run", glb: Path, should_stop: Callable[[], bool],
+                  options: dict[str, int]) -> Iterator[GenerationUpdate]:
         if should_stop():  # asked while this run waited for its turn
             yield run.stopped()
             return
         last = None
+        run.note = self.vocabulary.nearest(run.request.prompt).note if self.vocabulary else ""
         run.picture = grid(self._starting_noise(run.request))
         yield run.update("denoising", "Starting from noise")
         for step in self._stream(run.request):
@@ -126,7 +132,7 @@ class Studio:
                 return
         yield run.update("reconstructing", "Building the mesh from the views")
         began = time.perf_counter()
-        mesh = reconstruct(last.views, last.cameras)
+        mesh = reconstruct(last.views, last.cameras, **options)
         run_file = self._write(run, mesh, last.views, glb, time.perf_counter() - began)
         self._finish_seconds = time.perf_counter() - began
         seconds = time.perf_counter() - run.began
@@ -173,6 +179,7 @@ class _Run:
         self.request, self.finish_seconds = request, finish_seconds
         self.step = 0
         self.picture: Image.Image | None = None
+        self.note = ""
         self.step_seconds: list[float] = []
         self.began = self.mark = time.perf_counter()
 
@@ -190,7 +197,7 @@ class _Run:
             left = statistics.median(steady) * (total - self.step) + self.finish_seconds
         percent = math.floor(100 * self.step / (total + 1))  # the mesh counts as one step more
         return GenerationUpdate(stage, self.step, total, percent, left, self.request.seed, message,
-                                self.picture)
+                                self.picture, note=self.note)
 
     def stopped(self) -> GenerationUpdate:
         total = self.request.num_inference_steps

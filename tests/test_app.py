@@ -4,16 +4,20 @@ import re
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 import trimesh
 from drawn_pipeline import NOTHING, DrawnPipeline, mean_color
 from gradio_client import Client
+from gradio import SelectData
+from gradio.exceptions import Error
 from gradio_client.exceptions import AppError
 from PIL import Image
 
 import app
+from coser.examples import load_examples
 from coser.pipeline import CoSERPipeline
 from coser.studio import Studio
 
@@ -91,6 +95,38 @@ def test_visitors_at_the_same_time_get_their_own_objects(visitor):
         glbs = {color: pool.submit(visit, color) for color in ("red", "blue")}
     for channel, color in ((0, "red"), (2, "blue")):
         assert mean_color(glbs[color].result()[3]).argmax() == channel
+
+
+@pytest.fixture
+def desk(tmp_path):
+    """The page's events, around no studio at all: what needs one fails."""
+    return app.Desk(None, tmp_path, load_examples(app.EXAMPLES))
+
+
+def choose(desk, index):
+    event = SelectData(None, {"index": index, "value": None})
+    return desk.show(event, SimpleNamespace(session_hash="visitor"))
+
+
+def test_a_chosen_example_fills_the_fields_with_what_it_was_made_from(desk):
+    for index, example in enumerate(desk.examples):
+        prompt, *settings, status, views, model, download = choose(desk, index)
+        assert app.checked(prompt, *settings) == example.request
+        assert (views, model) == (str(example.views), str(example.glb))
+        assert Path(download.value["path"]).read_bytes() == example.glb.read_bytes()
+        assert "Pre-made example" in status["message"] and f"“{example.checkpoint}”" in status["message"]
+
+
+def test_the_gallery_shows_every_example_under_its_prompt(client):
+    gallery = next(c for c in client.config["components"] if c["props"].get("elem_id") == "examples")
+    captions = [item["caption"] for item in gallery["props"]["value"]]
+    assert captions == [e.request.prompt for e in load_examples(app.EXAMPLES)] and len(captions) == 12
+
+
+def test_an_example_is_not_put_over_a_run_that_draws(desk):
+    desk.line.add("visitor")
+    with pytest.raises(Error, match="press Stop first"):
+        choose(desk, 0)
 
 
 def test_the_lane_is_free_again_after_a_cancelled_call(visitor):

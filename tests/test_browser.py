@@ -90,6 +90,32 @@ def test_a_prompt_becomes_an_object_that_turns_and_downloads(page, tmp_path):
     assert page.asked_elsewhere == []
 
 
+def test_an_example_is_shown_at_once_without_drawing(page, tmp_path):
+    page.wait_for_function(
+        "[...document.querySelectorAll('#examples img')].filter(i => i.naturalWidth > 0).length == 12")
+    page.click("#settings button")
+    chosen = page.locator("#examples .gallery-item").nth(7)
+    prompt = chosen.inner_text().strip()
+    chosen.locator("button").click()
+    page.wait_for_selector("#status .example")
+    assert "Pre-made example" in page.inner_text("#status") and "small" in page.inner_text("#status")
+    assert page.input_value("#prompt textarea, #prompt input") == prompt
+    assert page.input_value("#seed input") == "0" and not page.is_checked("#randomize-seed input")
+    page.wait_for_function("document.querySelector('#views img').naturalWidth >= 512")
+    drawn(page, page.wait_for_selector("#model canvas"))
+    with page.expect_download() as download:
+        page.click("#download")
+    download.value.save_as(tmp_path / "example.glb")
+    assert trimesh.load(tmp_path / "example.glb", force="mesh").is_watertight
+    assert download.value.suggested_filename == prompt.replace(" ", "-") + "-0.glb"
+    assert page.is_enabled("#go") and page.is_disabled("#stop") and page.asked_elsewhere == []
+
+    page.click("#go")  # the same again, drawn now
+    page.wait_for_selector("#status .denoising")
+    page.click("#stop")
+    page.wait_for_selector("#status .stopped")
+
+
 def test_stop_keeps_the_grid_and_says_where_it_stopped(page):
     page.fill("#prompt textarea, #prompt input", "a green pine tree")
     page.click("#go")

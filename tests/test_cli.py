@@ -10,6 +10,7 @@ from drawn_pipeline import NOTHING, DrawnPipeline
 
 from coser.__main__ import main
 from coser.pipeline import CoSERPipeline
+from coser.vocabulary import Verdict
 
 QUICK = ["--num-views", "6", "--num-inference-steps", "3", "--checkpoint", "tests/drawn"]
 
@@ -25,6 +26,16 @@ def test_a_prompt_becomes_a_glb_and_its_path_is_all_that_stdout_says(capsys, tmp
     out, err = capsys.readouterr()
     assert out == "box.glb\n" and trimesh.load(tmp_path / "box.glb", force="mesh").is_watertight
     assert "step 3 of 3" in err and "s left" in err and "100 %" in err and "Traceback" not in err
+
+
+def test_a_note_about_the_prompt_is_said_once_before_the_steps_and_not_on_stdout(monkeypatch, capsys):
+    unknown = Verdict(False, 0.5, ("box", "crate"))
+    monkeypatch.setattr("coser.studio.load_vocabulary",
+                        lambda *args: type("Unknowing", (), {"nearest": lambda self, prompt: unknown})())
+    assert main(["a red violin", "-o", "violin.glb", *QUICK]) == 0
+    out, err = capsys.readouterr()
+    assert out == "violin.glb\n" and err.count(unknown.note) == 1
+    assert err.index(unknown.note) < err.index("step 1 of 3")
 
 
 def test_without_an_output_the_glb_is_named_after_prompt_and_drawn_seed(capsys, tmp_path):

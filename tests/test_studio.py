@@ -18,6 +18,7 @@ from coser.pipeline import CoSERPipeline
 from coser.request import GenerationRequest
 from coser.studio import TILE, Studio, file_name, grid, remove_old_runs, run_folder, session_folder
 from coser.views import ViewSet
+from coser.vocabulary import Verdict
 
 REQUEST = GenerationRequest("a red box", num_views=6, num_inference_steps=3)
 
@@ -133,6 +134,34 @@ def test_views_that_hold_nothing_end_in_a_clear_error_and_a_free_lane(studio, tm
     with pytest.raises(ValueError):
         list(studio.generate(replace(REQUEST, prompt=NOTHING), tmp_path / "box.glb"))
     assert not studio.lane.locked()
+
+
+class OneWord:
+    """A vocabulary that knows boxes."""
+
+    def nearest(self, prompt: str) -> Verdict:
+        return Verdict("box" in prompt, 0.5, ("box", "crate"))
+
+
+def test_a_prompt_outside_the_vocabulary_is_drawn_with_a_note_on_every_update(studio, tmp_path):
+    studio.vocabulary = OneWord()
+    waiting, *drawn = studio.generate(replace(REQUEST, prompt="a blue violin"), tmp_path / "violin.glb")
+    assert waiting.note == "" and drawn[-1].stage == "done" and drawn[-1].glb.is_file()
+    assert {update.note for update in drawn} == {update.status()["note"] for update in drawn} == {
+        Verdict(False, 0.5, ("box", "crate")).note} and "nearest: box, crate" in drawn[0].note
+
+
+def test_known_words_and_checkpoints_without_a_vocabulary_bring_no_note(studio, tmp_path):
+    assert studio.vocabulary is None
+    assert {update.note for update in studio.generate(REQUEST, tmp_path / "box.glb")} == {""}
+    studio.vocabulary = OneWord()
+    assert {update.note for update in studio.generate(REQUEST, tmp_path / "box.glb")} == {""}
+
+
+def test_options_of_a_run_reach_the_reconstruction(studio, tmp_path):
+    faces = [len(trimesh.load(list(studio.generate(REQUEST, tmp_path / "box.glb", **options))[-1].glb).to_mesh().faces)
+             for options in ({}, {"max_faces": 4000})]
+    assert faces[1] <= 4000 < faces[0]
 
 
 def test_previews_and_results_cover_the_same_picture():
