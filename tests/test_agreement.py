@@ -155,7 +155,8 @@ def test_hull_of_the_others_marks_the_view_that_shows_more_than_they_do():
 
 
 def test_projections_of_one_point_lie_on_each_others_epipolar_lines():
-    first, second = Cameras.look_at_origin([0, 10, 200], [20, -5, 60]), Cameras.look_at_origin([30, 75, 20], [20, 40, 0])
+    first = Cameras.look_at_origin([0, 10, 200], [20, -5, 60])
+    second = Cameras.look_at_origin([30, 75, 20], [20, 40, 0])
     points = torch.rand(40, 3, generator=torch.Generator().manual_seed(0)) - 0.5
     pixels = [(c.project(points)[0] * 256).double().numpy() for c in (first, second)]
     for here, there, matrix in zip(*pixels, fundamental_matrices(first, second, 256).numpy()):
