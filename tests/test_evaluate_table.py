@@ -11,7 +11,8 @@ from coser.cameras import Cameras
 from coser.data.dataset import Ring, list_rings
 from coser.data.render import save_ring
 from coser.evaluate_table import (QUESTIONS, Column, Question, draw_questions, draw_rings, geometry_figures,
-                                  judge_figures, load_questions, markdown, score_column, slug, spread, summarise)
+                                  judge_figures, load_questions, markdown, reference_embeddings, score_column, slug,
+                                  spread, summarise)
 from coser.judge import ViewJudge
 from tests.drawn_pipeline import NOTHING, box_views
 from tests.tiny import tiny_pipeline
@@ -23,14 +24,19 @@ def ring(asset_id, kind, color):
 
 def always(kind: str, color: str) -> ViewJudge:
     """A judge that gives the same answer to everything."""
-    judge = ViewJudge(kinds=("box", "ball"), colors=("red", "blue"), channels=(16, 16, 16), blocks=(1, 1, 1),
+    kinds, colors = ("box", "ball"), ("red", "blue")
+    judge = ViewJudge(kinds=kinds, colors=colors, channels=(16, 16, 16), blocks=(1, 1, 1), embedding_dim=4,
                       fronted_kinds=("ball",), janus_floor=0.1, janus_ratio=0.5).eval()
+    axes = torch.eye(judge.config.text_dim)[:4]  # one for each word
     with torch.no_grad():
-        for layer, words, word in ((judge.to_kinds, judge.config.kinds, kind),
-                                   (judge.histogram.words[-1], judge.config.colors, color)):
-            layer.weight.zero_()
-            layer.bias.copy_(torch.tensor([1.0 if w == word else 0.0 for w in words]))
-        judge.to_sectors.weight.zero_()
+        judge.kind_states.copy_(axes[:2])
+        judge.color_states.copy_(axes[2:])
+        judge.text_projection.weight.copy_(axes)
+        judge.text_projection.bias.zero_()
+        judge.to_embedding.weight.zero_()
+        judge.to_embedding.bias.copy_(torch.tensor([float(w in (kind, color)) for w in kinds + colors]))
+        judge.to_sectors[-1].weight.zero_()
+        judge.to_sectors[-1].bias.zero_()
     return judge
 
 
@@ -96,7 +102,7 @@ def test_true_renders_agree_better_than_shuffled_ones(box):
 
 def test_verdicts_are_the_judges(box):
     views, cameras = box
-    reference = torch.nn.functional.normalize(torch.randn(3, 128, generator=torch.Generator().manual_seed(0)), dim=-1)
+    reference = torch.nn.functional.normalize(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
     asked = ring("x", "box", "red")
     assert judge_figures(always("box", "red"), reference, asked, views, cameras)["both_right"] == 1
     for kind, color, right in (("box", "blue", (1, 0)), ("ball", "red", (0, 1))):
@@ -107,6 +113,21 @@ def test_verdicts_are_the_judges(box):
     assert every_side_alike["janus"] == 1
     unknown = judge_figures(always("ball", "red"), reference, ring("x", "violin", "gold"), views, cameras)
     assert not {"object_right", "color_right", "both_right", "janus"} & set(unknown)
+
+
+def test_what_may_have_been_memorised_is_embedded_once(folder, tmp_path, monkeypatch):
+    judge, rings = always("box", "red"), list_rings(folder)
+    copies = [Ring(r.path, f"{r.asset_id}~pink", r.object, r.captions, r.colors) for r in rings]
+    found = reference_embeddings(judge, rings + copies, tmp_path)
+    assert found.shape == (len(rings), 4), "repainted copies are no assets of their own"
+    monkeypatch.setattr(evaluate_table, "load_ring", None)
+    assert torch.equal(reference_embeddings(judge, rings, tmp_path), found)
+    assert judge_figures(judge, found, rings[0], *box_and_cameras())["nearest"] == pytest.approx(0, abs=1e-6)
+
+
+def box_and_cameras():
+    cameras = Cameras.orbit(4, 20.0)
+    return box_views("a red box", cameras), cameras
 
 
 def test_columns_resume_and_name_what_shows_nothing(folder, tmp_path, monkeypatch):
