@@ -1,4 +1,4 @@
-"""Measures the product: `python -m coser.evaluate reconstruction|autoencoder|prompts|table`, each with its own --help."""
+"""Measures the product: `python -m coser.evaluate reconstruction|autoencoder|prompts|table`; each has its --help."""
 
 from __future__ import annotations
 

@@ -165,8 +165,9 @@ def judge_figures(judge: ViewJudge, reference: Tensor, ring: Ring, views: ViewSe
 def reference_embeddings(judge: ViewJudge, rings: list[Ring], cache: Path) -> Tensor:
     """Embeddings [M,D] of the training assets, each from six views of its first ring; kept in `cache`."""
     rings = [r for r in rings if "~" not in r.asset_id and r.path.stem.endswith("-0")]
-    key = sha256(str([r.path.stem for r in rings]).encode() + judge.to_embedding.weight.detach().numpy().tobytes()).hexdigest()[:16]
-    file = cache / f"reference-{key}.safetensors"
+    weights = judge.to_embedding.weight.detach().numpy().tobytes()
+    key = sha256(str([r.path.stem for r in rings]).encode() + weights).hexdigest()
+    file = cache / f"reference-{key[:16]}.safetensors"
     if not file.is_file():
         found = []
         for ring in rings:

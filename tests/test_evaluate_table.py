@@ -143,7 +143,8 @@ def test_columns_resume_and_name_what_shows_nothing(folder, tmp_path, monkeypatc
     assert [row["failed"] for row in scores] == [0.0, 0.0, 1.0] and "why" in scores[2]
     assert score_column(column, judge_of, 8, file) == scores and len(asked) == 3, "nothing is measured twice"
     summary = summarise({"generated": scores, "ceiling": scores[:1]})
-    assert summary["generated"]["object_right"] == pytest.approx(1 / 3) and summary["generated"]["cross_psnr/count"] == 2
+    generated = summary["generated"]
+    assert generated["object_right"] == pytest.approx(1 / 3) and generated["cross_psnr/count"] == 2
     table = markdown(summary, {"decoding": 0.25})
     assert "| object right, first guess of the judge | 33.3% | 0.0% |" in table and "| decoding | 0.25 |" in table
     assert "Janus" not in table, "what was not measured has no line"

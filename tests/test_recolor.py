@@ -65,7 +65,8 @@ def test_only_the_worn_colour_changes_and_shading_stays():
     painted = rgb_to_hsv(new[:, :3, 6, 6].float() / 255)
     assert (recolor.hue_distance(painted[:, 0], 220.0) < 6).all()
     lit_before, lit_after = (x[:, :3, 6, 6].float().amax(1) for x in (rgba, new))
-    assert torch.allclose(lit_after / lit_after[0], lit_before / lit_before[0], atol=0.02), "the light of each view stays"
+    light_before, light_after = lit_before / lit_before[0], lit_after / lit_after[0]
+    assert torch.allclose(light_after, light_before, atol=0.02), "the light of each view stays"
 
 
 def test_half_covered_pixels_keep_their_coverage():

@@ -2,8 +2,8 @@
 
 A copy of a ring gets another main colour, and its captions the word for it; grey, black, white and the other colours of
 the object stay. Written beside the originals as `<asset id>~<colour>-<ring>.safetensors`, an asset of its own in
-`index.jsonl`. Some pairs of colour and kind that no asset shows natively are held out (`questions.json`): they are never
-painted, so that a model can be asked for what it has never seen.
+`index.jsonl`. Some pairs of colour and kind that no asset shows natively are held out (`questions.json`): they are
+never painted, so that a model can be asked for what it has never seen.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ HUES = {"red": (340, 16), "orange": (14, 42), "brown": (8, 46), "gold": (34, 58)
 TARGETS = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink")
 # Words in a caption that name a colour, or a stuff that has one: a caption that keeps one of them is not taken over.
 OTHER_COLOR_WORDS = re.compile(
-    r"\b(\w+ish|crimson|scarlet|maroon|ruby|amber|golden|lemon|lime|olive|emerald|mint|jade|turquoise|aqua|cyan|navy|azure"
-    r"|indigo|violet|lilac|lavender|magenta|rose|salmon|coral|peach|wood|wooden|timber|oak|copper|bronze|rust|rusty|tan"
-    r"|beige|cream|sandy|terracotta|chestnut|leather|autumn|brick|clay)\b")
+    r"\b(\w+ish|crimson|scarlet|maroon|ruby|amber|golden|lemon|lime|olive|emerald|mint|jade|turquoise|aqua|cyan|navy|indigo"
+    r"|azure|violet|lilac|lavender|magenta|rose|salmon|coral|peach|wood|wooden|timber|oak|copper|bronze|rust|rusty"
+    r"|tan|beige|cream|sandy|terracotta|chestnut|leather|autumn|brick|clay)\b")
 QUESTIONS = Path(__file__).parent / "questions.json"
 HALF_WIDTH, FALL_OFF = 20.0, 12.0  # degrees of hue on each side of the peak: repainted whole, and fading
 MIN_SATURATION = 0.15  # below it a pixel is grey, black or white and stays
@@ -113,7 +113,8 @@ def repaint(rgba: Tensor, old: Paint, new: Paint) -> Tensor:
     worn = _membership(hsv, old.hue)[:, None]
     rgb = worn * hsv_to_rgb(painted) + (1 - worn) * hsv_to_rgb(hsv)
     out = rgba.clone()
-    out.permute(0, 2, 3, 1)[opaque] = torch.cat([rgb * alpha * 255, alpha * 255], 1).round().clamp(0, 255).to(torch.uint8)
+    changed = (torch.cat([rgb * alpha, alpha], 1) * 255).round().clamp(0, 255)
+    out.permute(0, 2, 3, 1)[opaque] = changed.to(torch.uint8)
     return out
 
 
@@ -193,7 +194,8 @@ def recolor_rings(renders: Path, seed: int = 0, rings: tuple[int, ...] = (0, 1))
         written.append(new_id)
         if not path.is_file():
             tensors = load_file(ring.path)
-            tensors["rgba"] = repaint(tensors["rgba"], worn[ring.path], palette[word][draw.integers(len(palette[word]))])
+            new = palette[word][draw.integers(len(palette[word]))]
+            tensors["rgba"] = repaint(tensors["rgba"], worn[ring.path], new)
             temporary = path.with_suffix(f".tmp{os.getpid()}")
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
             temporary.replace(path)
