@@ -30,9 +30,9 @@ HUES = {"red": (340, 16), "orange": (14, 42), "brown": (8, 46), "gold": (34, 58)
 TARGETS = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink")
 # Words in a caption that name a colour, or a stuff that has one: a caption that keeps one of them is not taken over.
 OTHER_COLOR_WORDS = re.compile(
-    r"\b(\w+ish|crimson|scarlet|maroon|ruby|amber|golden|lemon|lime|olive|emerald|mint|jade|turquoise|aqua|cyan|navy|indigo"
-    r"|azure|violet|lilac|lavender|magenta|rose|salmon|coral|peach|wood|wooden|timber|oak|copper|bronze|rust|rusty"
-    r"|tan|beige|cream|sandy|terracotta|chestnut|leather|autumn|brick|clay)\b")
+    r"\b(\w+ish|crimson|scarlet|maroon|ruby|amber|golden|lemon|lime|olive|emerald|mint|jade|turquoise|aqua|cyan|navy"
+    r"|azure|indigo|violet|lilac|lavender|magenta|rose|salmon|coral|peach|wood|wooden|timber|oak|copper|bronze|rust"
+    r"|rusty|tan|beige|cream|sandy|terracotta|chestnut|leather|autumn|brick|clay)\b")
 QUESTIONS = Path(__file__).parent / "questions.json"
 HALF_WIDTH, FALL_OFF = 20.0, 12.0  # degrees of hue on each side of the peak: repainted whole, and fading
 MIN_SATURATION = 0.15  # below it a pixel is grey, black or white and stays
