@@ -8,7 +8,10 @@ import pytest
 import trimesh
 from solids import cube, joined, sphere
 
+from coser.cameras import Cameras
+from coser.reconstruction import reconstruct
 from coser.reconstruction.mesh import Mesh, keep_parts, part_pinches, save_glb, simplify, srgb_to_linear, with_normals
+from tests.drawn_pipeline import box_views
 
 
 def mesh_of(solid) -> Mesh:
@@ -52,6 +55,13 @@ def test_simplified_meshes_are_closed_and_within_budget(budget):
     simple = simplify(BALL, budget)
     assert simple.is_watertight and len(simple.faces) <= budget
     assert simple.volume == pytest.approx(BALL.volume, rel=0.05)
+
+
+def test_where_collapses_come_to_an_end_the_mesh_stays_whole():
+    """Flat sides whose triangles no longer collapse drove the simplifier's target below nothing."""
+    cameras = Cameras.orbit(6, 20.0)
+    mesh = reconstruct(box_views("a red box", cameras), cameras, resolution=96, max_faces=100)
+    assert mesh.is_watertight and len(mesh.faces) < 2000
 
 
 def test_specks_and_bubbles_go_and_parts_stay():

@@ -95,18 +95,20 @@ def _compact(vertices: np.ndarray, faces: np.ndarray) -> Mesh:
 def simplify(mesh: Mesh, max_faces: int) -> Mesh:
     """The mesh with at most `max_faces` faces by quadric edge collapses, still watertight when it was.
 
-    Should a collapse ever tear the surface, it is simplified less far instead: closedness goes before the budget.
+    Should a collapse ever tear the surface, or collapses come to an end, it is simplified less far instead: closedness
+    goes before the budget.
     """
     if max_faces < 100:
         raise ValueError(f"max_faces must be at least 100, got {max_faces}")
-    target = max_faces
+    target, least = max_faces, 4  # a closed surface has no fewer
     while target < len(mesh.faces):
         vertices, faces = fast_simplification.simplify(mesh.vertices, mesh.faces, target_count=target, agg=5.0)
         simple = part_pinches(_compact(vertices.astype(np.float32), faces.astype(np.int64)))
         if not simple.is_watertight:
-            target = target * 3 // 2
-        elif len(simple.faces) > max_faces and target <= max_faces:  # parting a pinch adds a face or two
-            target -= len(simple.faces) - max_faces
+            least = target + 1
+            target = max(least, target * 3 // 2)
+        elif len(simple.faces) > max_faces and least < target <= max_faces:  # parting a pinch adds a face or two
+            target = max(least, target - (len(simple.faces) - max_faces))
         else:
             return simple
     return mesh
