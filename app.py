@@ -218,6 +218,8 @@ def build_app(studio: Studio, root: Path) -> gr.Blocks:
                                 show_label=False, container=False, scale=6, autofocus=True, elem_id="prompt")
             go = gr.Button("Generate", variant="primary", scale=1, min_width=110, elem_id="go")
             stop = gr.Button("Stop", scale=1, min_width=80, interactive=False, elem_id="stop")
+        gr.HTML("Pre-made examples, drawn earlier by the checkpoint: choose one to look at it", elem_classes="heading",
+                visible=bool(examples))
         gallery = gr.Gallery([(e.thumbnail(), e.request.prompt) for e in examples], show_label=False, columns=12,
                              allow_preview=False, object_fit="contain", interactive=False, container=False, buttons=[],
                              visible=bool(examples), elem_id="examples")
