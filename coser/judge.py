@@ -166,11 +166,23 @@ class ViewJudge(ModelMixin, ConfigMixin):
         return self.scale * embeddings @ self.embed_states(self.color_states).T
 
     @torch.no_grad()
-    def judge(self, views: ViewSet, batch: int = 64) -> Judgement:
+    def judge_pictures(self, pictures: Tensor, batch: int = 32) -> Judgement:
+        """What the judge says of pictures [N,4,128,128] and their mirror images together, on the CPU.
+
+        A mirror image shows the same thing from the mirrored sector. Asking for both told 57 % of the sectors of assets
+        kept aside where one told 54 %.
+        """
+        embeddings, sectors = [], []
+        for part in pictures.split(batch):
+            said, mirrored = self(part), self(part.flip(-1))
+            embeddings.append(F.normalize(said.embeddings + mirrored.embeddings, dim=-1).cpu())
+            both = torch.stack([said.sectors, mirrored.sectors[:, -torch.arange(SECTORS) % SECTORS]])
+            sectors.append((both.logsumexp(0) - math.log(2)).cpu())
+        return Judgement(torch.cat(embeddings), torch.cat(sectors))
+
+    def judge(self, views: ViewSet) -> Judgement:
         """What the judge says of N views of at least 128 x 128 pixels, on the CPU."""
-        pictures = views_to_pictures(views)
-        parts = [self(pictures[i:i + batch]) for i in range(0, len(pictures), batch)]
-        return Judgement(torch.cat([p.embeddings for p in parts]).cpu(), torch.cat([p.sectors for p in parts]).cpu())
+        return self.judge_pictures(views_to_pictures(views))
 
     def embed(self, views: ViewSet) -> Tensor:
         """Embeddings [N,D] of length 1."""

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from coser.data.dataset import Ring
 from coser.data.render import load_ring
-from coser.judge import (ViewJudge, angular_distance, azimuth_to_sector, is_janus, ring_embedding, second_front,
+from coser.judge import (SIZE, ViewJudge, angular_distance, azimuth_to_sector, is_janus, ring_embedding, second_front,
                          views_to_pictures)
 
-TOLD_RATIO, TOLD_SHARE = 0.7, 0.6  # see `is_front_told` and `fronted_kinds`
+TOLD_RATIO, TOLD_SHARE = 0.5, 0.8  # see `is_front_told` and `fronted_kinds`
 RING_VIEWS = 12  # of a ring that is judged
 MOST_FALSE_JANUS = 0.015
 
@@ -75,7 +75,7 @@ def small_rings(rings: list[Ring], cache: Path) -> list[SmallRing]:
 class JudgedRing:
     """What the judge says of a ring's RING_VIEWS views or fewer: [N,...], see `coser.judge.Judgement`.
 
-    copied_front: the front-likeness of a copy of the view from the front, mirrored and at half the sharpness.
+    copied_front: the front-likeness of a copy of the view from the front, a tenth smaller and at half the sharpness.
     """
 
     small: SmallRing
@@ -89,18 +89,17 @@ class JudgedRing:
         return self.sectors[:, 0].exp()
 
 
-@torch.no_grad()
 def judge_rings(judge: ViewJudge, rings: list[SmallRing]) -> list[JudgedRing]:
     """Every ring judged, its views spread evenly."""
     out = []
     for small in rings:
         stride = slice(0, None, max(1, len(small.azimuths) // RING_VIEWS))
         pictures, azimuths = small.pictures(stride), small.azimuths[stride]
-        front = pictures[_nearest(azimuths, 0.0)][None].flip(-1)
-        soft = F.interpolate(F.avg_pool2d(front, 2), scale_factor=2, mode="bilinear")
-        said = judge(torch.cat([pictures, soft]))
-        embeddings, sectors = said.embeddings.cpu(), said.sectors.cpu()
-        out.append(JudgedRing(small, azimuths, embeddings[:-1], sectors[:-1], float(sectors[-1, 0].exp())))
+        front = pictures[_nearest(azimuths, 0.0)][None]
+        copy = F.pad(F.interpolate(F.avg_pool2d(front, 2), (SIZE - 12, SIZE - 12), mode="bilinear"), (6, 6, 6, 6))
+        said = judge.judge_pictures(torch.cat([pictures, copy]))
+        out.append(JudgedRing(small, azimuths, said.embeddings[:-1], said.sectors[:-1],
+                              float(said.sectors[-1, 0].exp())))
     return out
 
 
