@@ -36,15 +36,15 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Options]:
     verb = verbs.add_parser(train_recipe.VERB, help=train_recipe.__doc__.split("\n")[0],
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     train_recipe.add_options(verb)
-    verb.set_defaults(run_verb=lambda options, loop: train_recipe.run(options, loop, parse))
+    verb.set_defaults(processor_time=False, run_verb=lambda options, loop: train_recipe.run(options, loop, parse))
     options = parser.parse_args(arguments)
     if options.steps is None and options.minutes is None:
         parser.error("give --steps or --minutes: a run without an end has no learning-rate schedule")
     return options, Options(
         run=Path("runs") / options.run if options.run.parent == Path(".") else options.run,
-        budget=Budget(options.steps, options.minutes), save_every=options.save_every, log_every=options.log_every,
-        evaluate_every=options.evaluate_every, warmup=options.warmup, decay_from=options.decay_from,
-        save_minutes=options.save_minutes)
+        budget=Budget(options.steps, options.minutes, processor_time=options.processor_time),
+        save_every=options.save_every, log_every=options.log_every, evaluate_every=options.evaluate_every,
+        warmup=options.warmup, decay_from=options.decay_from, save_minutes=options.save_minutes)
 
 
 def add_common_options(parser: argparse.ArgumentParser, presets: list[str]) -> None:
@@ -54,6 +54,8 @@ def add_common_options(parser: argparse.ArgumentParser, presets: list[str]) -> N
     parser.add_argument("--run", type=Path, required=True, help="name below runs/, or a path")
     parser.add_argument("--steps", type=int, help="end after so many steps")
     parser.add_argument("--minutes", type=float, help="end after so many minutes of training")
+    parser.add_argument("--processor-time", action="store_true", help="minutes of computing on a processor instead of "
+                        "the clock's: for comparisons on a machine that also does other work")
     parser.add_argument("--lr", type=float, help="learning rate, else the preset's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="train on the first so many rings only")

@@ -37,6 +37,7 @@ KL_WEIGHT = 1e-5  # keeps the raw latents near unit scale
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help="views a step, else the preset's")
+    parser.add_argument("--latent-channels", type=int, help="of the autoencoder, else the preset's")
     parser.add_argument("--freeze-encoder", action="store_true",
                         help="train the decoder only: existing latents stay valid")
     # the decoder must forgive the denoiser's errors
@@ -115,7 +116,8 @@ def run(options: argparse.Namespace, loop: Options) -> None:
     """The whole training from parsed options."""
     preset = PRESETS[options.preset]
     torch.manual_seed(options.seed)
-    model, start = ViewAutoencoder(**preset["model"]), {}
+    chosen = {} if options.latent_channels is None else {"latent_channels": options.latent_channels}
+    model, start = ViewAutoencoder(**preset["model"] | chosen), {}
     if options.start:  # parts that the folder's autoencoder lacks keep their fresh weights
         start = load_file(options.start / "diffusion_pytorch_model.safetensors")
         model.load_state_dict(start, strict=False)

@@ -56,6 +56,8 @@ PRESETS = {
 }
 SHIFT = 3.0  # of the noise level when sampling: N views are redundant, so the signal survives more noise
 TRAINING_SHIFT = 5.0  # a little more than when sampling: what is decided early is decided for all views
+LEVELS, WEIGHTINGS = ("uniform", "logit-normal"), ("flow", "clean", "min-snr")
+MAX_SNR = 5.0  # of min-SNR: levels with less noise count no more than this one
 DROP_TEXT = 0.1
 DROP_MIXER = 0.1  # of the steps, for each mixer: switching one off when sampling stays meaningful
 HELD_OUT_RINGS = 48  # enough for held-out losses that move by the weights and not by chance
@@ -74,17 +76,39 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the UNet's "
                         "parts, for each view count anew; needs a C++ compiler, on CUDA Triton")
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
+    parser.add_argument("--model", type=json.loads, default={}, metavar="JSON", help="arguments of MultiviewUNet in "
+                        "place of the preset's; those below \"unet\" join the preset's")
+    parser.add_argument("--samples", action=argparse.BooleanOptionalAction, default=True, help="draw some prompts with "
+                        "each evaluation")
+    parser.add_argument("--levels", choices=LEVELS, default="uniform", help="noise levels, before they are shifted")
+    parser.add_argument("--training-shift", type=float, default=TRAINING_SHIFT, help="of the noise levels, towards noise")
+    parser.add_argument("--weighting", choices=WEIGHTINGS, default="flow", help="what a noise level counts: the same for "
+                        "errors of the flow, or for those of the clean latents, or min-SNR-5")
 
 
-def noise_levels(count: int, generator: torch.Generator, shift: float = TRAINING_SHIFT) -> Tensor:
-    """Noise levels in [0,1), uniform and then shifted towards noise: [count].
+def noise_levels(count: int, generator: torch.Generator, shift: float = TRAINING_SHIFT,
+                 levels: str = "uniform") -> Tensor:
+    """Noise levels in [0,1), uniform or logit-normal and then shifted towards noise: [count].
 
     The logit-normal levels of Esser et al. 2024 (section 3.1) leave out the ends: shifted by 3 they put 0.9 % of the
     training beyond .97 and 9 % beyond .92, where a sampler takes its first two and five of 20 steps and text and
     azimuth alone must decide the shape. Trained so, the model read shapes off the noise, in each view another.
     """
-    uniform = torch.rand(count, generator=generator)
-    return shift * uniform / (1 + (shift - 1) * uniform)
+    drawn = (torch.rand(count, generator=generator) if levels == "uniform"
+             else torch.randn(count, generator=generator).sigmoid())
+    return shift * drawn / (1 + (shift - 1) * drawn)
+
+
+def level_weights(levels: Tensor, weighting: str) -> Tensor:
+    """What the flow's squared error at each noise level counts, [B] => [B].
+
+    "flow": 1. "clean": the square of the level, which makes it the squared error of the clean latents. "min-snr": that
+    times the signal-to-noise ratio, of which no more than 5 counts (Hang et al. 2023, section 3.4).
+    """
+    if weighting == "flow":
+        return torch.ones_like(levels)
+    snr = ((1 - levels) / levels.clamp_min(1e-3)).square()
+    return levels.square() * (snr.clamp_max(MAX_SNR) if weighting == "min-snr" else 1.0)
 
 
 def small_scheduler(shift: float = SHIFT) -> DPMSolverMultistepScheduler:
@@ -230,10 +254,12 @@ def encoded_rings(vae: ViewAutoencoder, vae_folder: Path, rings: list[Ring], cac
 
 
 def flow_loss(unet: MultiviewUNet, batch: RingBatch, embeds: PromptEmbeds, generator: torch.Generator,
-              mixers: tuple[str, ...] | None = None, levels: Tensor | None = None) -> Tensor:
+              mixers: tuple[str, ...] | None = None, levels: Tensor | None = None,
+              weighting: str = "flow") -> Tensor:
     """Mean squared error of the predicted flow (noise - clean) at noise levels [B], drawn where not given; a scalar.
 
-    On a GPU the noise is drawn there, from the generator's seed: a processor takes as long for it as the GPU for all.
+    weighting: see `level_weights`. On a GPU the noise is drawn there, from the generator's seed: a processor takes as
+    long for it as the GPU for all.
     """
     levels = noise_levels(len(batch.latents), generator) if levels is None else levels
     if unet.device.type == "cuda":
@@ -243,8 +269,10 @@ def flow_loss(unet: MultiviewUNet, batch: RingBatch, embeds: PromptEmbeds, gener
     sigma = levels.to(unet.device)[:, None, None, None, None]
     noisy = (1 - sigma) * clean + sigma * noise
     predicted = unet(noisy.to(unet.dtype), levels.to(unet.device) * 1000, embeds.states, batch.cameras,
-                     pooled=embeds.pooled, attention_mask=embeds.mask, mixers=mixers)
-    return (predicted.float() - (noise - clean)).square().mean()
+                     pooled=embeds.pooled if unet.config.pooled_dim else None,
+                     attention_mask=embeds.mask, mixers=mixers)
+    errors = (predicted.float() - (noise - clean)).square().mean((1, 2, 3, 4))
+    return (level_weights(levels, weighting).to(errors) * errors).mean()
 
 
 def drop_mixers(mixers: tuple[str, ...], generator: torch.Generator, share: float = DROP_MIXER) -> tuple[str, ...]:
@@ -283,7 +311,9 @@ def small_pipeline(options: argparse.Namespace, vae: ViewAutoencoder | None, siz
     """
     dtype = getattr(torch, options.dtype)
     model = PRESETS[options.preset]["model"]
-    unet = MultiviewUNet(**model | {"unet": model["unet"] | {"sample_size": size}})
+    latent = {} if vae is None else dict.fromkeys(("in_channels", "out_channels"), vae.config.latent_channels)
+    two_d = model["unet"] | options.model.get("unet", {}) | latent | {"sample_size": size}
+    unet = MultiviewUNet(**model | options.model | {"unet": two_d})
     if options.start:
         start_from(unet, options.start)
     unet = unet.to(options.device, dtype, memory_format=torch.channels_last)
@@ -364,6 +394,8 @@ def run(options: argparse.Namespace, loop: Options) -> None:
         return batch, texts.batch(batch.captions, unet.device, unet.dtype)
 
     upcoming = Prefetched(batch_of_step)
+    drawn = noise_levels(100_000, step_generator(0, 0), options.training_shift, options.levels)
+    usual_weight = float(level_weights(drawn, options.weighting).mean())
 
     def loss_of_step(step: int) -> tuple[Tensor, dict]:
         batch, embeds = upcoming(step)
@@ -371,7 +403,9 @@ def run(options: argparse.Namespace, loop: Options) -> None:
         mixers = drop_mixers(tuple(unet.config.mixers), generator)
         samples, num_views = batch.latents.shape[:2]
         meter.did(samples * num_views, samples * sample_flop(meter, unet, batch, embeds, mixers))
-        return flow_loss(unet, batch, embeds, generator, mixers), {"num_views": num_views}
+        levels = noise_levels(samples, generator, options.training_shift, options.levels)
+        return (flow_loss(unet, batch, embeds, generator, mixers, levels, options.weighting) / usual_weight,
+                {"num_views": num_views})
 
     @torch.no_grad()
     def evaluate(step: int, log: Log) -> None:
@@ -388,11 +422,12 @@ def run(options: argparse.Namespace, loop: Options) -> None:
         means = {k: float(np.mean(v)) for k, v in figures.items()}
         log(step=step, held_out=True, loss=float(np.mean(list(means.values()))), **means)
         rows = []
-        for prompt in SAMPLE_PROMPTS:
+        for prompt in SAMPLE_PROMPTS if options.samples else ():
             generator = torch.Generator().manual_seed(0)
             result = pipeline(prompt, num_views=8, num_inference_steps=16, generator=generator)
             rows.append(views_to_uint8(result.views))
-        picture_grid(np.concatenate(rows), 8).save(loop.run / f"samples-{step:06d}.png")
+        if rows:
+            picture_grid(np.concatenate(rows), 8).save(loop.run / f"samples-{step:06d}.png")
         unet.train()
 
     def save_weights(folder: Path) -> None:

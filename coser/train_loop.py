@@ -24,12 +24,14 @@ class Budget:
     """When a run ends: after `steps`, or after `minutes` of training (all sessions of the run together).
 
     until: a reading of time.perf_counter() by which the last evaluation and checkpoint are written, too; how long they
-    take is measured before the first step.
+    take is measured before the first step. processor_time: minutes are those that the process computes on a processor,
+    all threads together: trainings on a shared machine then get the same work done, whatever runs beside them.
     """
 
     steps: int | None = None
     minutes: float | None = None
     until: float | None = None
+    processor_time: bool = False
 
     def __post_init__(self):
         if self.steps is None and self.minutes is None and self.until is None:
@@ -111,7 +113,8 @@ def train_loop(optimizer: MasterOptimizer, loss_of_step: Callable[[int], tuple[t
         training = json.loads((last / "training.json").read_text())
         seconds, start_step = training["seconds"], training["step"]
         log(resumed=last.name, seconds=seconds)
-    started = time.perf_counter() - seconds
+    clock = time.process_time if options.budget.processor_time else time.perf_counter
+    started = clock() - seconds
     step, saved_step, ending = start_step, start_step, 0.0
 
     def save(evaluated: bool) -> None:
@@ -126,7 +129,7 @@ def train_loop(optimizer: MasterOptimizer, loss_of_step: Callable[[int], tuple[t
         temporary.mkdir(parents=True)
         save_weights(temporary)
         save_file(optimizer.state(), temporary / "training_state.safetensors")
-        (temporary / "training.json").write_text(json.dumps({"step": step, "seconds": time.perf_counter() - started}))
+        (temporary / "training.json").write_text(json.dumps({"step": step, "seconds": clock() - started}))
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)  # a killed run leaves whole checkpoints only
         for old in checkpoints(options.run)[:-KEEP_CHECKPOINTS]:
@@ -137,8 +140,8 @@ def train_loop(optimizer: MasterOptimizer, loss_of_step: Callable[[int], tuple[t
 
     if options.budget.until is not None and options.budget.progress(step, seconds) < 1:
         save(True)  # measures the end, and finds out now rather than then whether it works
-    saved_at = time.perf_counter() - started
-    while (progress := options.budget.progress(step, (now := time.perf_counter() - started), ending)) < 1:
+    saved_at = clock() - started
+    while (progress := options.budget.progress(step, (now := clock() - started), ending)) < 1:
         with meter.step() if meter else contextlib.nullcontext():
             loss, figures = loss_of_step(step)
             loss.backward()
@@ -146,12 +149,12 @@ def train_loop(optimizer: MasterOptimizer, loss_of_step: Callable[[int], tuple[t
         step += 1
         if step % options.log_every == 0:
             log(step=step, loss=float(loss.detach()), norm=norm, progress=progress,
-                seconds=time.perf_counter() - started, **{k: float(v) for k, v in figures.items()},
+                seconds=clock() - started, **{k: float(v) for k, v in figures.items()},
                 **(meter.figures() if meter else {}))
         overdue = options.save_minutes is not None and now - saved_at > 60 * options.save_minutes
         if step % options.save_every == 0 or overdue:
             save(step % options.evaluate_every == 0 or overdue)
-            saved_at = time.perf_counter() - started
+            saved_at = clock() - started
     if step > saved_step or (step > start_step and step % options.evaluate_every):
         save(True)
     return step

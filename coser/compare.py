@@ -1,0 +1,151 @@
+"""Compare trainings of the denoiser: equal time, same seeds, held-out figures side by side.
+
+`python -m coser.compare coser/data/comparisons/conditioning.json --out runs/compare/conditioning --minutes 5 --seeds 0 1
+--arguments "--renders R --held-out H --autoencoder V"` trains every variant of the file with every seed, one after the
+other, for so many minutes of computing, and writes table.md and table.json after each. A finished run is not repeated:
+the same line again goes on, also with more seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from coser import train
+from coser.cameras import Cameras
+from coser.data.dataset import list_rings, step_generator
+from coser.data.render import load_ring
+from coser.metrics import silhouette_iou
+from coser.models.autoencoder import ViewAutoencoder
+from coser.pipeline import CoSERPipeline
+from coser.train_autoencoder import autoencoder_figures
+from coser.train_loop import checkpoints
+
+RINGS, VIEWS = 12, 6  # held-out rings whose estimates are decoded, and views of each
+LEVELS = (0.85, 0.97)  # from there on; a nearly clean estimate says nothing about the denoiser
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of a comparison: its name, and what its training's command line has besides the common arguments."""
+
+    name: str
+    arguments: tuple[str, ...]
+
+    @property
+    def slug(self) -> str:
+        return "".join(c if c.isalnum() else "-" for c in self.name)
+
+
+def load_variants(path: Path) -> list[Variant]:
+    """The variants of a JSON file, the plain one first: {"about": ..., "variants": {name: "command line", ...}}."""
+    variants = json.loads(path.read_text(encoding="utf-8"))["variants"]
+    return [Variant(name, tuple(shlex.split(line))) for name, line in variants.items()]
+
+
+@torch.no_grad()
+def estimate_figures(pipeline: CoSERPipeline, renders: Path) -> dict[str, float]:
+    """How close decoded one-step estimates come to held-out views, at LEVELS of noise: comparable between autoencoders.
+
+    RGB PSNR over the object (dB) and silhouette IoU, means over views; the first caption is given, without guidance.
+    """
+    rings = list_rings(renders)
+    rings = rings[::max(1, len(rings) // RINGS)][:RINGS]
+    figures: dict[str, list[float]] = {}
+    for i, ring in enumerate(rings):
+        views, cameras = load_ring(ring.path)
+        stride = max(1, len(views) // VIEWS)
+        views, elevation = views[::stride], float(cameras.elevations[0])
+        embeds = pipeline.encode_prompt([ring.captions[0]])
+        clean = pipeline.vae.views_to_latents(views).float()
+        for level in LEVELS:
+            noise = torch.randn(clean.shape, generator=step_generator(11, i))
+            noisy = (1 - level) * clean + level * noise
+            flow = pipeline.unet(noisy[None].to(pipeline.unet.dtype), torch.tensor([level * 1000]), embeds.states,
+                                 Cameras.orbit(len(views), elevation), pooled=embeds.pooled,
+                                 attention_mask=embeds.mask)[0].float()
+            estimate = pipeline.latents_to_views(noisy - level * flow)
+            figures.setdefault(f"psnr_{level}", []).append(autoencoder_figures(estimate, views)["psnr"])
+            iou = silhouette_iou(estimate.masks, views.masks)
+            figures.setdefault(f"iou_{level}", []).append(float(iou.mean()))
+    return {name: statistics.mean(values) for name, values in figures.items()}
+
+
+def train_variant(variant: Variant, seed: int, options: argparse.Namespace) -> dict:
+    """One run from its first step to its figures; its row. The checkpoint's training state is not kept."""
+    folder = options.out / f"{variant.slug}-{seed}"
+    arguments = ["denoiser", "--run", str(folder), "--minutes", str(options.minutes), "--processor-time", "--seed",
+                 str(seed), "--save-every", "1000000", "--evaluate-every", "1000000",
+                 *shlex.split(options.arguments), *variant.arguments]
+    parsed, loop = train.parse(arguments)
+    parsed.run_verb(parsed, loop)
+    checkpoint = checkpoints(folder)[-1]
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    pipeline = CoSERPipeline.from_pretrained(checkpoint)
+    dtype = getattr(torch, parsed.dtype)
+    pipeline.unet.to(parsed.device, dtype), pipeline.vae.to(parsed.device, dtype)
+    held_out = next(row for row in reversed(log) if row.get("held_out"))
+    row = {"variant": variant.name, "seed": seed, "steps": held_out["step"],
+           "views_per_second": statistics.median(r["views_per_second"] for r in log if "views_per_second" in r),
+           "parameters": sum(p.numel() for p in pipeline.unet.parameters()),
+           **{k: v for k, v in held_out.items() if k.startswith("loss")},
+           **estimate_figures(pipeline, parsed.held_out)}
+    (checkpoint / "training_state.safetensors").unlink()
+    return row
+
+
+def table(rows: list[dict], variants: list[Variant]) -> str:
+    """Markdown: a line a variant, means over its seeds; where there are several, the half range between them."""
+    figures = [k for k in rows[0] if k.startswith(("loss", "psnr", "iou"))]
+    names = {k: k.replace("_", " at ").replace("psnr", "PSNR").replace("iou", "IoU") for k in figures}
+    lines = ["| variant | seeds | M parameters | steps | " + " | ".join(names.values()) + " |",
+             "|---" * (4 + len(figures)) + "|"]
+    for variant in variants:
+        own = [r for r in rows if r["variant"] == variant.name]
+        if not own:
+            continue
+        cells = []
+        for key in figures:
+            values = [r[key] for r in own]
+            half = (max(values) - min(values)) / 2
+            digits = 2 if key.startswith("psnr") else 4
+            cells.append(f"{statistics.mean(values):.{digits}f}" + (f" ± {half:.{digits}f}" if len(own) > 1 else ""))
+        lines.append(f"| {variant.name} | {len(own)} | {own[0]['parameters'] / 1e6:.1f} | "
+                     f"{statistics.mean(r['steps'] for r in own):.0f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m coser.compare", description=__doc__.split("\n")[0])
+    top.add_argument("variants", type=Path, help="JSON file of variants, see coser/data/comparisons")
+    top.add_argument("--out", type=Path, required=True, help="folder for runs and tables")
+    top.add_argument("--minutes", type=float, required=True, help="of computing for each run")
+    top.add_argument("--seeds", type=int, nargs="+", default=[0])
+    top.add_argument("--arguments", default="", help="of `coser.train denoiser`, for all variants")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    variants, path = load_variants(options.variants), options.out / "table.json"
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    for seed in options.seeds:
+        for variant in variants:
+            if any((r["variant"], r["seed"]) == (variant.name, seed) for r in rows):
+                continue
+            rows.append(train_variant(variant, seed, options))
+            path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+            (options.out / "table.md").write_text(table(rows, variants), encoding="utf-8")
+            print(table(rows, variants), flush=True)
+
+
+if __name__ == "__main__":
+    main()

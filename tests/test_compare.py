@@ -1,0 +1,101 @@
+"""Comparisons of trainings: what a run is told, what is written of it, and what its figures mean."""
+
+import json
+
+import pytest
+import torch
+
+from coser.compare import LEVELS, Variant, estimate_figures, load_variants, main, table
+from coser.train_denoiser import level_weights, noise_levels
+
+
+@pytest.fixture(scope="module")
+def compared(renders, pipeline_folder, tmp_path_factory):
+    """Two variants with two seeds, a step or a few each: folder, and the command line that made it."""
+    folder = tmp_path_factory.mktemp("compare")
+    (folder / "variants.json").write_text(json.dumps(
+        {"about": "a test", "variants": {"plain": "", "no pooled text": "--model '{\"pooled_dim\": 0}'"}}))
+    line = [str(folder / "variants.json"), "--out", str(folder / "out"), "--minutes", "0.01", "--seeds", "0", "1",
+            "--arguments", f"--preset tiny --renders {renders[0]} --held-out {renders[0]} --device cpu --dtype float32 "
+            f"--autoencoder {pipeline_folder / 'vae'} --no-samples --log-every 1"]
+    main(line)
+    return folder / "out", line
+
+
+def test_every_variant_is_trained_with_every_seed(compared):
+    rows = json.loads((compared[0] / "table.json").read_text())
+    assert [(r["variant"], r["seed"]) for r in rows] == [("plain", 0), ("no pooled text", 0), ("plain", 1),
+                                                         ("no pooled text", 1)]
+    assert all(r["steps"] >= 1 and r["views_per_second"] > 0 for r in rows)
+    assert rows[0]["parameters"] > rows[1]["parameters"], "a model without pooled text has fewer weights"
+    assert rows[0]["loss"] != rows[2]["loss"], "seeds differ"
+    for row in rows:
+        assert 0 <= row[f"iou_{LEVELS[0]}"] <= 1 and row[f"psnr_{LEVELS[0]}"] > 0
+
+
+def test_a_finished_run_is_not_repeated(compared):
+    before = {p: p.stat().st_mtime_ns for p in compared[0].rglob("*") if p.is_file()}
+    main(compared[1])
+    assert {p: p.stat().st_mtime_ns for p in compared[0].rglob("*") if p.is_file()} == before
+
+
+def test_the_table_has_means_and_half_the_range_between_seeds():
+    rows = [{"variant": "a", "seed": s, "steps": 10 + s, "parameters": 2_000_000, "loss": v, "psnr_0.85": 20.0}
+            for s, v in ((0, 0.5), (1, 0.6))]
+    lines = table(rows, [Variant("a", ()), Variant("b", ())]).splitlines()
+    assert lines[0] == "| variant | seeds | M parameters | steps | loss | PSNR at 0.85 |"
+    assert lines[2:] == ["| a | 2 | 2.0 | 10 | 0.5500 ± 0.0500 | 20.00 ± 0.00 |"]
+
+
+def test_estimates_of_a_denoiser_that_knows_the_views_are_what_the_autoencoder_gives(renders, pipeline, monkeypatch):
+    cleans = []
+    encode = type(pipeline.vae).views_to_latents
+
+    def remembered(vae, views):
+        cleans.append(encode(vae, views))
+        return cleans[-1]
+
+    def oracle(noisy, timesteps, *_, **__):
+        sigma = timesteps[:, None, None, None, None] / 1000
+        return (noisy - cleans[-1]) / sigma
+
+    guessed = estimate_figures(pipeline, renders[0])
+    monkeypatch.setattr(type(pipeline.vae), "views_to_latents", remembered)
+    monkeypatch.setattr(pipeline.unet, "forward", oracle)
+    known = estimate_figures(pipeline, renders[0])
+    assert known[f"psnr_{LEVELS[0]}"] == pytest.approx(known[f"psnr_{LEVELS[-1]}"], abs=0.01)
+    assert known["psnr_0.97"] != pytest.approx(guessed["psnr_0.97"], abs=0.01)
+
+
+def test_the_files_of_comparisons_are_command_lines_that_the_training_takes():
+    from pathlib import Path
+
+    import coser
+    from coser import train
+    files = sorted((Path(coser.__file__).parent / "data" / "comparisons").glob("*.json"))
+    assert files
+    for file in files:
+        variants = load_variants(file)
+        assert variants[0].name.startswith("plain") and not variants[0].arguments
+        for variant in variants:
+            options, _ = train.parse(["denoiser", "--renders", "r", "--held-out", "h", "--run", "n", "--autoencoder",
+                                      "a", "--steps", "1", *variant.arguments])
+            assert options.model == {} or set(options.model) <= {"unet", "pooled_dim", "ray_maps", "absolute_azimuth"}
+
+
+# -- what variants change ----------------------------------------------------------------------------------------------
+
+def test_logit_normal_levels_leave_out_the_ends():
+    drawn = {kind: noise_levels(20_000, torch.Generator().manual_seed(0), 3.0, kind)
+             for kind in ("uniform", "logit-normal")}
+    assert float(drawn["uniform"].median()) == pytest.approx(float(drawn["logit-normal"].median()), abs=0.02)
+    beyond = {kind: float((levels > 0.97).float().mean()) for kind, levels in drawn.items()}
+    assert beyond["logit-normal"] < 0.02 < 0.05 < beyond["uniform"]
+
+
+def test_weights_of_noise_levels():
+    levels = torch.tensor([0.0, 0.1, 0.5, 1.0])
+    assert level_weights(levels, "flow").tolist() == [1, 1, 1, 1]
+    torch.testing.assert_close(level_weights(levels, "clean"), levels.square())
+    # SNR 81, cut to 5, and 1 and 0
+    torch.testing.assert_close(level_weights(levels, "min-snr")[1:], torch.tensor([0.05, 0.25, 0.0]))
