@@ -1,9 +1,9 @@
 """Compare trainings of the denoiser: equal time, same seeds, held-out figures side by side.
 
-`python -m coser.compare coser/data/comparisons/conditioning.json --out runs/compare/conditioning --minutes 5 --seeds 0 1
---arguments "--renders R --held-out H --autoencoder V"` trains every variant of the file with every seed, one after the
-other, for so many minutes of computing, and writes table.md and table.json after each. A finished run is not repeated:
-the same line again goes on, also with more seeds.
+`python -m coser.compare coser/data/comparisons/conditioning.json --out runs/compare/conditioning --minutes 5
+--seeds 0 1 --arguments "--renders R --held-out H --autoencoder V"` trains every variant of the file with every seed,
+one after the other, for so many minutes of computing, and writes table.md and table.json after each. A finished run is
+not repeated: the same line again goes on, also with more seeds.
 """
 
 from __future__ import annotations

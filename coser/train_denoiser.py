@@ -81,9 +81,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", action=argparse.BooleanOptionalAction, default=True, help="draw some prompts with "
                         "each evaluation")
     parser.add_argument("--levels", choices=LEVELS, default="uniform", help="noise levels, before they are shifted")
-    parser.add_argument("--training-shift", type=float, default=TRAINING_SHIFT, help="of the noise levels, towards noise")
-    parser.add_argument("--weighting", choices=WEIGHTINGS, default="flow", help="what a noise level counts: the same for "
-                        "errors of the flow, or for those of the clean latents, or min-SNR-5")
+    parser.add_argument("--training-shift", type=float, default=TRAINING_SHIFT, help="of noise levels, towards noise")
+    parser.add_argument("--weighting", choices=WEIGHTINGS, default="flow", help="what a noise level counts: the same "
+                        "for errors of the flow, or for those of the clean latents, or min-SNR-5")
 
 
 def noise_levels(count: int, generator: torch.Generator, shift: float = TRAINING_SHIFT,
