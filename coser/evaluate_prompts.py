@@ -21,7 +21,7 @@ from coser.consistency import CONSISTENCY, fused_views
 from coser.metrics import psnr, render_mesh, sharpness, silhouette_iou
 from coser.pipeline import CoSERPipeline, MultiviewStep
 from coser.reconstruction import Mesh, reconstruct
-from coser.views import views_to_uint8
+from coser.views import ViewSet, views_to_uint8
 
 VERB = "prompts"
 SMALL = Path(__file__).parent / "checkpoints" / "small"
@@ -66,12 +66,17 @@ def evaluate_prompts(pipeline: CoSERPipeline, prompts: Iterable[str], seed: int 
         yield score, result, mesh
 
 
-def sheet_row(result: MultiviewStep, mesh: Mesh) -> np.ndarray:
-    """Evenly spaced views, then the mesh from the front and from behind at another height: uint8 [tiles,S,S,3]."""
-    count = len(result.views)
-    views = result.views.to("cpu")[torch.arange(SHEET_VIEWS) * count // SHEET_VIEWS]
-    turned = render_mesh(mesh, Cameras.look_at_origin([45.0, 225.0], 30.0), views.views.shape[-1])
-    pictures = np.concatenate([views_to_uint8(views), views_to_uint8(turned)])
+def sheet_row(drawn: ViewSet, mesh: Mesh | None) -> np.ndarray:
+    """Evenly spaced views, then the mesh from the front and from behind at another height: uint8 [tiles,S,S,3].
+
+    White in the place of a mesh that there is not.
+    """
+    views = drawn.to("cpu")[torch.arange(SHEET_VIEWS) * len(drawn) // SHEET_VIEWS]
+    pictures, size = views_to_uint8(views), views.views.shape[-1]
+    turned = np.full_like(pictures[:2], 255)
+    if mesh is not None:
+        turned = views_to_uint8(render_mesh(mesh, Cameras.look_at_origin([45.0, 225.0], 30.0), size))
+    pictures = np.concatenate([pictures, turned])
     small = F.interpolate(torch.from_numpy(pictures).permute(0, 3, 1, 2).float(), (SHEET_TILE, SHEET_TILE), mode="area")
     return small.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
@@ -115,7 +120,7 @@ def run(options: argparse.Namespace) -> None:
                              consistency=options.consistency, fuse=fused_views)
     for score, result, mesh in drawn:
         scores.append(asdict(score))
-        rows.append((score.prompt, sheet_row(result, mesh)))
+        rows.append((score.prompt, sheet_row(result.views, mesh)))
         print(f"{score.prompt[:28]:28}", *(f"{float(scores[-1][n]):10.3f}" for n in names), flush=True)
     print(f"{'median':28}", *(f"{statistics.median(float(s[n]) for s in scores):10.3f}" for n in names))
     print(f"{len(scores)} prompts, watertight: {sum(s['watertight'] for s in scores)}")

@@ -24,7 +24,7 @@ from coser.cameras import Cameras
 from coser.consistency import CONSISTENCY, fused_views
 from coser.data.dataset import Ring, list_rings
 from coser.data.render import load_ring, save_ring
-from coser.evaluate_prompts import SMALL
+from coser.evaluate_prompts import SMALL, contact_sheet, sheet_row
 from coser.judge import ViewJudge, is_janus, load_judge, nearest_distances, ring_embedding
 from coser.metrics import psnr, render_mesh, sharpness, silhouette_iou
 from coser.pipeline import CoSERPipeline
@@ -35,6 +35,7 @@ from coser.views import ViewSet, views_to_uint8
 VERB = "table"
 QUESTIONS = Path(__file__).parent / "data" / "questions.json"
 MIN_KIND_COUNT = 3  # a kind with fewer assets is a word that a model has hardly met
+WORDS = ("object_right", "object_in_5", "color_right", "both_right", "caption_fit")
 TSED_SHOWN = (1.0, 2.0, 5.0)  # pixels; the JSON file has the whole curve
 
 
@@ -117,8 +118,8 @@ def read_index(folder: Path) -> dict[str, dict]:
     return {row["id"]: row for row in map(json.loads, index.read_text("utf-8").splitlines())} if index.is_file() else {}
 
 
-def geometry_figures(views: ViewSet, cameras: Cameras) -> dict[str, float]:
-    """How well a ring agrees with itself, and what its mesh is like: name => figure."""
+def geometry_figures(views: ViewSet, cameras: Cameras) -> tuple[dict[str, float], ViewSet]:
+    """How well a ring agrees with itself, and what its mesh is like: name => figure; and the mesh from its cameras."""
     began = time.perf_counter()
     mesh = reconstruct(views, cameras)
     seconds = time.perf_counter() - began
@@ -136,7 +137,7 @@ def geometry_figures(views: ViewSet, cameras: Cameras) -> dict[str, float]:
         "sharpness": float(sharpness(views).median()), "matches": curve.matches,
         "watertight": float(mesh.is_watertight), "reconstruct_seconds": seconds,
     }
-    return figures | {f"tsed_{t:g}": float(s) for t, s in zip(curve.thresholds, curve.consistent)}
+    return figures | {f"tsed_{t:g}": float(s) for t, s in zip(curve.thresholds, curve.consistent)}, seen
 
 
 @torch.no_grad()
@@ -207,7 +208,9 @@ def score_column(column: Column, judge_of: Callable[[Ring, ViewSet, Cameras], di
                  file: Path) -> list[dict]:
     """The figures of every ring of a column; those that `file` has already are taken from there.
 
-    A shuffled column holds only figures of how the views agree. A ring that shows no surface gets `failed` alone.
+    A shuffled column holds only figures of how the views agree. What a ring is judged by its words is asked of its
+    mesh, too, seen by the same cameras: mesh_<name>. A ring that shows no surface gets `failed` in place of what it
+    lacks.
     """
     done = {}
     if file.is_file():
@@ -220,8 +223,9 @@ def score_column(column: Column, judge_of: Callable[[Ring, ViewSet, Cameras], di
         views, cameras = views[::stride], cameras[::stride]
         figures = {} if column.shuffled else judge_of(ring, views, cameras)
         try:
-            figures |= geometry_figures(agreement.shuffled_ring(views) if column.shuffled else views, cameras)
-            figures["failed"] = 0.0
+            found, seen = geometry_figures(agreement.shuffled_ring(views) if column.shuffled else views, cameras)
+            of_mesh = {} if column.shuffled else judge_of(ring, seen, cameras)
+            figures |= found | {f"mesh_{k}": v for k, v in of_mesh.items() if k in WORDS} | {"failed": 0.0}
         except ValueError as error:  # views that show nothing, or shuffled ones that allow no surface
             figures |= {"failed": 1.0, "why": str(error)}
         done[ring.asset_id] = {"id": ring.asset_id, "prompt": ring.captions[0], **figures}
@@ -266,6 +270,10 @@ LINES = (
     Line("colour right", "color_right", share, "{:.1%}"),
     Line("object and colour right", "both_right", share, "{:.1%}"),
     Line("fit of views and caption, cosine", "caption_fit"),
+    Line("object right on the mesh", "mesh_object_right", share, "{:.1%}"),
+    Line("object among the first five on the mesh", "mesh_object_in_5", share, "{:.1%}"),
+    Line("object and colour right on the mesh", "mesh_both_right", share, "{:.1%}"),
+    Line("fit of mesh and caption, cosine", "mesh_caption_fit"),
     Line("CLIP score", "clip", form="{:.1f}"),
     Line("Janus rings", "janus", share, "{:.1%}"),
     Line("distance to the nearest training asset", "nearest"),
@@ -307,6 +315,20 @@ def spread(rings: list[Ring], limit: int | None) -> list[Ring]:
     return [rings[i * len(rings) // limit] for i in range(limit)]
 
 
+def draw_sheet(rings: list[Ring], path: Path) -> None:
+    """The rings' views and meshes as a labelled picture at `path`; no mesh where views show no surface."""
+    rows = []
+    for ring in rings:
+        views, cameras = load_ring(ring.path)
+        try:
+            mesh = reconstruct(views, cameras)
+        except ValueError:
+            mesh = None
+        rows.append((ring.captions[0], sheet_row(views, mesh)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(rows).save(path)
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, default=SMALL, help="pipeline folder")
     parser.add_argument("--judge", type=Path, required=True, help="folder of a trained judge")
@@ -319,6 +341,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", default="vocabulary", help="which of its lists")
     parser.add_argument("--limit", type=int, help="the first so many prompts")
     parser.add_argument("--held-out-limit", type=int, help="so many of the held-out rings, spread evenly")
+    parser.add_argument("--sheet", type=Path, help="where a contact sheet of the first prompts goes (PNG or WebP)")
+    parser.add_argument("--sheet-prompts", type=int, default=40, help="how many prompts are on it")
     parser.add_argument("--clip", help="folder or hub id of a CLIP model, for its score")
     parser.add_argument("--num-views", type=int, default=12)
     parser.add_argument("--steps", type=int, default=20)
@@ -336,6 +360,9 @@ def run(options: argparse.Namespace) -> None:
     drawn = draw_rings(pipeline, questions, options.out / "rings", options.seed, num_views=options.num_views,
                        num_inference_steps=options.steps, guidance_scale=options.guidance_scale,
                        consistency=options.consistency, fuse=fused_views)
+    if options.sheet:
+        by_prompt = {ring.captions[0]: ring for ring in drawn}
+        draw_sheet([by_prompt[q.prompt] for q in questions[:options.sheet_prompts]], options.sheet)
     judge = load_judge(options.judge)
     reference = reference_embeddings(judge, list_rings(options.renders), options.out)
     clip = ClipScore(options.clip) if options.clip else None

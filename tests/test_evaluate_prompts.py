@@ -39,7 +39,7 @@ def test_shuffled_views_score_lower_than_consistent_ones(drawn):
 
 
 def test_the_sheet_shows_every_prompt_and_its_colour(drawn):
-    rows = [(score.prompt, sheet_row(result, mesh)) for score, result, mesh in drawn]
+    rows = [(score.prompt, sheet_row(result.views, mesh)) for score, result, mesh in drawn]
     assert rows[0][1].shape == (SHEET_VIEWS + 2, SHEET_TILE, SHEET_TILE, 3)
     sheet = np.asarray(contact_sheet(rows, columns=1)).astype(int)
     assert sheet.shape[1] == (SHEET_VIEWS + 2) * SHEET_TILE

@@ -3,17 +3,21 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from coser import evaluate_table
 from coser.cameras import Cameras
 from coser.data.dataset import Ring, list_rings
 from coser.data.render import save_ring
-from coser.evaluate_table import (QUESTIONS, Column, Question, draw_questions, draw_rings, geometry_figures,
+from coser.evaluate_prompts import LABEL_HEIGHT, SHEET_TILE, SHEET_VIEWS
+from coser.evaluate_table import (QUESTIONS, Column, Question, draw_questions, draw_rings, draw_sheet, geometry_figures,
                                   judge_figures, load_questions, markdown, reference_embeddings, score_column, slug,
                                   spread, summarise)
 from coser.judge import ViewJudge
+from coser.metrics import silhouette_iou
 from tests.drawn_pipeline import NOTHING, box_views
 from tests.tiny import tiny_pipeline
 
@@ -93,11 +97,12 @@ def test_drawing_goes_on_where_it_stopped(tmp_path):
 
 def test_true_renders_agree_better_than_shuffled_ones(box):
     views, cameras = box
-    true = geometry_figures(views, cameras)
-    shuffled = geometry_figures(evaluate_table.agreement.shuffled_ring(views), cameras)
+    true, seen = geometry_figures(views, cameras)
+    shuffled, _ = geometry_figures(evaluate_table.agreement.shuffled_ring(views), cameras)
     for figure in ("cross_psnr", "hull_iou", "own_iou", "held_out_psnr", "depth_agreement"):
         assert true[figure] > shuffled[figure], figure
     assert true["watertight"] == 1
+    assert float(silhouette_iou(seen.masks, views.masks).min()) > 0.95
 
 
 def test_verdicts_are_the_judges(box):
@@ -137,17 +142,32 @@ def test_columns_resume_and_name_what_shows_nothing(folder, tmp_path, monkeypatc
 
     def judge_of(ring, views, cameras):
         asked.append(ring.asset_id)
-        return {"object_right": float(ring.asset_id == "a_red_box")}
+        return {"object_right": float(ring.asset_id == "a_red_box" and asked.count("a_red_box") == 1), "nearest": 0.5}
 
     scores = score_column(column, judge_of, 8, file)
     assert [row["failed"] for row in scores] == [0.0, 0.0, 1.0] and "why" in scores[2]
-    assert score_column(column, judge_of, 8, file) == scores and len(asked) == 3, "nothing is measured twice"
+    assert score_column(column, judge_of, 8, file) == scores 
+    assert asked == [rings[0].asset_id] * 2 + [rings[1].asset_id] * 2 + [rings[2].asset_id], "views, then their mesh"
+    assert [(row["object_right"], row.get("mesh_object_right")) for row in scores] == [(0, 0), (1, 0), (0, None)]
+    assert not {"mesh_nearest", "mesh_failed"} & set(scores[0]), "words alone are asked of a mesh"
     summary = summarise({"generated": scores, "ceiling": scores[:1]})
     generated = summary["generated"]
     assert generated["object_right"] == pytest.approx(1 / 3) and generated["cross_psnr/count"] == 2
     table = markdown(summary, {"decoding": 0.25})
     assert "| object right, first guess of the judge | 33.3% | 0.0% |" in table and "| decoding | 0.25 |" in table
     assert "Janus" not in table, "what was not measured has no line"
+
+
+def test_the_sheet_has_a_row_for_every_ring_and_no_mesh_of_nothing(folder, tmp_path):
+    draw_sheet(list_rings(folder), tmp_path / "sheets" / "sheet.webp")
+    sheet = np.asarray(Image.open(tmp_path / "sheets" / "sheet.webp").convert("RGB")).astype(int)
+    tiles = SHEET_VIEWS + 2
+    width, height = tiles * SHEET_TILE, SHEET_TILE + LABEL_HEIGHT
+    assert sheet.shape == (2 * height, 2 * width + 16, 3)
+    places = [(0, 0), (0, width + 16), (height, 0)]
+    for ring, (y, x) in zip(list_rings(folder), places):
+        mesh = sheet[y + LABEL_HEIGHT:y + height, x + SHEET_VIEWS * SHEET_TILE:x + width]
+        assert (mesh.min() > 240) == (ring.captions[0] == NOTHING)
 
 
 def test_spread_takes_the_whole_length():
