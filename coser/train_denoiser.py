@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from coser.cameras import Cameras
-from coser.data.dataset import LatentRings, Prefetched, Ring, RingBatch, list_rings, step_generator
+from coser.data.dataset import LatentRings, Prefetched, Ring, RingBatch, list_rings, mirror_views, step_generator
 from coser.data.render import ring_to_views
 from coser.models.autoencoder import ViewAutoencoder
 from coser.models.block import MultiviewTransformerBlock
@@ -73,6 +73,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-kind-count", type=int, default=1, help="only kinds of objects with so many assets")
     parser.add_argument("--start", type=Path, help="pipeline folder whose UNet to start from instead of random weights")
     parser.add_argument("--encoded-only", action="store_true", help="train on the rings that have latents already")
+    parser.add_argument("--mirror", action=argparse.BooleanOptionalAction, default=False,
+                        help="train on the mirror images of all rings, too")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the UNet's "
                         "parts, for each view count anew; needs a C++ compiler, on CUDA Triton")
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
@@ -216,13 +218,13 @@ def encode_rings(vae: ViewAutoencoder, vae_folder: Path, rings: list[Ring],
     The cache is added to when rings are new and made anew when the autoencoder is another one.
     """
     tensors = encoded_rings(vae, vae_folder, rings, cache)
-    return [tensors[r.path.stem] for r in rings], [float(tensors[f"{r.path.stem}/elevation"]) for r in rings]
+    return [tensors[r.key] for r in rings], [float(tensors[f"{r.key}/elevation"]) for r in rings]
 
 
 @torch.no_grad()
 def encoded_rings(vae: ViewAutoencoder, vae_folder: Path, rings: list[Ring], cache: Path,
                   until: float = math.inf) -> dict[str, Tensor]:
-    """What `cache` holds for an autoencoder once `rings` are encoded, too: file stem => latents, stem/elevation => [1].
+    """What `cache` holds for an autoencoder once `rings` are encoded, too: key => latents, key/elevation => [1].
 
     until: a reading of time.perf_counter() at which encoding stops, finished or not; rings go in an order that has
     nothing to do with their names, so that those encoded by then are a fair sample.
@@ -233,17 +235,17 @@ def encoded_rings(vae: ViewAutoencoder, vae_folder: Path, rings: list[Ring], cac
     for file in sorted(cache.glob(f"{weights}-*.safetensors")):
         tensors |= load_file(file)
     fresh: dict[str, Tensor] = {}
-    missing = sorted((ring.path for ring in rings if ring.path.stem not in tensors),
-                     key=lambda path: zlib.crc32(path.stem.encode()))
-    upcoming = Prefetched(lambda i: load_file(missing[i]) if i < len(missing) else {})  # files are 9 MiB each
-    for i, path in enumerate(missing, 1):
+    missing = sorted((ring for ring in rings if ring.key not in tensors), key=lambda r: zlib.crc32(r.key.encode()))
+    upcoming = Prefetched(lambda i: load_file(missing[i].path) if i < len(missing) else {})  # files are 9 MiB each
+    for i, ring in enumerate(missing, 1):
         late = time.perf_counter() >= until
         if late and not fresh:
             break
         stored = upcoming(i - 1)
         views = ring_to_views({k: stored[k].to(vae.device) for k in ("rgba", "depths")})
-        fresh[path.stem] = vae.views_to_latents(views).half().cpu().contiguous()
-        fresh[f"{path.stem}/elevation"] = stored["elevations"].mean().reshape(1)
+        views = mirror_views(views) if ring.mirrored else views
+        fresh[ring.key] = vae.views_to_latents(views).half().cpu().contiguous()
+        fresh[f"{ring.key}/elevation"] = stored["elevations"].mean().reshape(1)
         if len(fresh) >= 400 or i == len(missing) or late:
             save_file(fresh, cache / "writing")  # under its name only when whole: a killed run leaves no half file
             (cache / "writing").rename(cache / f"{weights}-{len(tensors):06d}.safetensors")
@@ -354,15 +356,16 @@ def prepare(options: argparse.Namespace, pipeline: CoSERPipeline, until: float =
     until: a reading of time.perf_counter() at which encoding the rings to train on stops; the others are left out.
     """
     rings = list_rings(options.renders, options.limit, options.min_kind_count)
+    rings += [ring.mirror() for ring in rings] if options.mirror else []
     held_out = list_rings(options.held_out)[:HELD_OUT_RINGS]
     cache = cache_folder(options)
     held_latents = encode_rings(pipeline.vae, options.autoencoder, held_out, cache)
     tensors = encoded_rings(pipeline.vae, options.autoencoder, [] if options.encoded_only else rings, cache, until)
-    rings = [r for r in rings if r.path.stem in tensors]
+    rings = [r for r in rings if r.key in tensors]
     if not rings:
         raise ValueError(f"{cache} holds no latents of {options.renders} by {options.autoencoder} yet")
-    latents = [tensors[r.path.stem] for r in rings]
-    elevations = [float(tensors[f"{r.path.stem}/elevation"]) for r in rings]
+    latents = [tensors[r.key] for r in rings]
+    elevations = [float(tensors[f"{r.key}/elevation"]) for r in rings]
     texts = encode_captions(pipeline, captions_of(rings + held_out), cache)
     return TrainingData(rings, latents, elevations, held_out, *held_latents, texts)
 

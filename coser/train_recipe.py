@@ -403,15 +403,15 @@ class Recipe:
 
     def encode(self) -> None:
         """Latents of all rings and text states of all captions, into files: the denoiser then waits for none."""
-        rings = self._count_rings()
+        options, _ = self.parse(self._arguments("denoiser"))
+        options.encoded_only = False
+        rings = self._count_rings() * (2 if options.mirror else 1)
         known = self.train_renders / "latents"
         if (self.record.finished("latents") and self.record.figures("latents").get("rings") == rings
                 and any(known.glob(f"{train_denoiser.weights_hash(self.vae)}-*.safetensors"))):
             print("== latents: all are there", flush=True)
             return
         with self.stage("latents") as figures:
-            options, _ = self.parse(self._arguments("denoiser"))
-            options.encoded_only = False
             pipeline = train_denoiser.small_pipeline(options, train_denoiser.load_autoencoder(options)[1])
             data = train_denoiser.prepare(options, pipeline, self.share(LATENTS_SHARE))
             figures |= {"rings": len(data.rings), "of": rings, "captions": len(data.texts.states),

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from coser.data.dataset import LatentRings, Prefetched, Ring, ViewBatches, held_out_views, list_rings
+from coser.cameras import Cameras
+from coser.data.dataset import LatentRings, Prefetched, Ring, ViewBatches, held_out_views, list_rings, mirror_views
 from coser.data.render import load_ring
+from coser.rasterizer import render
 from coser.views import views_to_channels
+from tests.solids import cube, joined
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +129,24 @@ def test_short_captions_name_colour_and_object():
 def test_a_folder_that_was_never_rendered_into_is_refused(tmp_path):
     with pytest.raises(ValueError, match="coser.data.render"):
         list_rings(tmp_path)
+
+
+def test_a_mirrored_ring_is_the_ring_of_the_mirrored_object():
+    vertices, faces, colors = joined(cube(0.4), cube(0.2, (0.5, 0.3, 0.2)))
+    cameras = Cameras.orbit(5, 20.0)
+    original = render(vertices, faces, colors, cameras, 32, shade=False)
+    mirrored = render(vertices * torch.tensor([-1.0, 1, 1]), faces.flip(1), colors.flip(1), cameras, 32, shade=False)
+    ours = mirror_views(original)
+    for name in ("views", "masks", "depths"):
+        torch.testing.assert_close(getattr(ours, name), getattr(mirrored, name), atol=2e-3, rtol=0)
+    assert not torch.allclose(original.masks, mirrored.masks, atol=0.1), "an object that is its own mirror image"
+    twice = mirror_views(ours)
+    assert torch.equal(twice.views, original.views) and torch.equal(twice.depths, original.depths)
+
+
+def test_left_is_right_in_the_captions_of_a_mirror_image():
+    ring = Ring(None, "a", "red sign", ("a sign pointing left", "Right arrow, leftover paint, upright", "right-angled"),
+                ("red",))
+    mirrored = ring.mirror()
+    assert mirrored.captions == ("a sign pointing right", "Left arrow, leftover paint, upright", "right-angled")
+    assert mirrored.mirrored and mirrored.mirror() == ring and mirrored.kind == ring.kind

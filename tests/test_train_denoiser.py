@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from coser.cameras import Cameras
-from coser.data.dataset import RingBatch, list_rings
+from coser.data.dataset import RingBatch, list_rings, mirror_views
 from coser.data.render import load_ring
 from coser.models.block import MIXERS
 from coser.train_denoiser import (SHIFT, TRAINING_SHIFT, drop_mixers, encode_captions, encode_rings, flow_loss,
@@ -65,6 +65,15 @@ def test_each_mixer_is_dropped_about_as_often_as_asked():
     assert all(list(k) == [m for m in MIXERS if m in k] for k in kept)
     for name in MIXERS:
         assert 0.07 < sum(name not in k for k in kept) / 1000 < 0.13
+
+
+def test_mirror_images_have_latents_and_elevations_of_their_own(renders, pipeline, pipeline_folder, tmp_path):
+    ring, folder = list_rings(renders[0])[0], pipeline_folder / "vae"
+    latents, elevations = encode_rings(pipeline.vae, folder, [ring, ring.mirror()], tmp_path)
+    views, _ = load_ring(ring.path)
+    torch.testing.assert_close(latents[0], pipeline.vae.views_to_latents(views).half())
+    torch.testing.assert_close(latents[1], pipeline.vae.views_to_latents(mirror_views(views)).half())
+    assert elevations[0] == elevations[1] and not torch.equal(latents[0], latents[1])
 
 
 def test_latents_are_encoded_once_for_each_ring_and_autoencoder(renders, pipeline, pipeline_folder, tmp_path, capsys):

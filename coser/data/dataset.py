@@ -8,10 +8,11 @@ draws from the rings that were there when it was made, and no two runs see them 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,30 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
+SIDES = {"left": "right", "right": "left", "clockwise": "counterclockwise", "counterclockwise": "clockwise"}
+SIDE = re.compile(r"\b(left|right|clockwise|counterclockwise)\b(?![- ]?(?:angle|over))", re.IGNORECASE)
+
+
 @dataclass(frozen=True)
 class Ring:
-    """One rendered ring file and what is known of its asset."""
+    """One rendered ring file and what is known of its asset. mirrored: whether its mirror image is meant."""
 
     path: Path
     asset_id: str
     object: str
     captions: tuple[str, ...]
     colors: tuple[str, ...]
+    mirrored: bool = False
+
+    @property
+    def key(self) -> str:
+        """What its latents are named."""
+        return self.path.stem + "/mirrored" * self.mirrored
+
+    def mirror(self) -> "Ring":
+        """The mirror image, in whose captions left is right."""
+        captions = tuple(SIDE.sub(_other_side, caption) for caption in self.captions)
+        return replace(self, captions=captions, mirrored=not self.mirrored)
 
     @property
     def short_captions(self) -> tuple[str, ...]:
@@ -51,11 +67,21 @@ class Ring:
         article = "an" if self.colors[0][0] in "aeiou" else "a"
         return self.captions[0], f"{article} {self.colors[0]} {self.object}"
 
-
     @property
     def kind(self) -> str:
         """The last word of the object: "oak tree" -> "tree"."""
         return last_word(self)
+
+
+def _other_side(found: re.Match) -> str:
+    word = SIDES[found[0].lower()]
+    return word.capitalize() if found[0][0].isupper() else word
+
+
+def mirror_views(views: ViewSet) -> ViewSet:
+    """A whole ring's N views at even azimuths, the first at 0 => those of the mirror image, at the same azimuths."""
+    turned = -torch.arange(len(views)) % len(views)
+    return ViewSet(*(maps[turned].flip(-1) for maps in (views.views, views.masks, views.depths)))
 
 
 def list_rings(renders: str | Path, limit: int | None = None, min_kind_count: int = 1) -> list[Ring]:
