@@ -22,7 +22,6 @@ from coser.cameras import Cameras
 from coser.data.dataset import list_rings, step_generator
 from coser.data.render import load_ring
 from coser.metrics import silhouette_iou
-from coser.models.autoencoder import ViewAutoencoder
 from coser.pipeline import CoSERPipeline
 from coser.train_autoencoder import autoencoder_figures
 from coser.train_loop import checkpoints

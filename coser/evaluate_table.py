@@ -155,7 +155,7 @@ def judge_figures(judge: ViewJudge, reference: Tensor, ring: Ring, views: ViewSe
         figures["janus"] = float(is_janus(said.sectors[:, 0].exp(), cameras.azimuths, **judge.janus_rule))
     color = ring.colors[0] if ring.colors and ring.colors[0] in judge.config.colors else None
     if ring.kind in judge.config.kinds:
-        verdict = judge.object_and_color(views, ring.object, color)
+        verdict = judge.verdict(said.embeddings, ring.object, color)
         figures |= {"object_right": float(verdict.object_rank == 1), "object_in_5": float(verdict.object_rank <= 5)}
         if color:
             figures |= {"color_right": float(verdict.color_rank == 1),

@@ -194,7 +194,12 @@ class ViewJudge(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def object_and_color(self, views: ViewSet, object_word: str, color_word: str | None = None) -> Verdict:
-        """How high a ring of views ranks the words that it was asked for.
+        """How high a ring of views ranks the words that it was asked for: `verdict` of their embeddings."""
+        return self.verdict(self.embed(views), object_word, color_word)
+
+    @torch.no_grad()
+    def verdict(self, embeddings: Tensor, object_word: str, color_word: str | None = None) -> Verdict:
+        """How high a ring of views with these embeddings [N,D] ranks the words that it was asked for.
 
         object_word: one of `config.kinds`, or words that end in one ("oak tree"). color_word: one of `config.colors`,
         or None. Raises ValueError for words that the judge was not taught.
@@ -205,7 +210,7 @@ class ViewJudge(ModelMixin, ConfigMixin):
                              f"config, got {object_word!r}")
         if color_word is not None and color_word not in self.config.colors:
             raise ValueError(f"color_word must be one of {', '.join(self.config.colors)}, got {color_word!r}")
-        ring = ring_embedding(self.embed(views)).to(self.device)[None]
+        ring = ring_embedding(embeddings).to(self.device)[None]
         objects, colors = self.name_kinds(ring)[0], self.name_colors(ring)[0]
         return Verdict(_rank(objects, self.config.kinds, kind),
                        None if color_word is None else _rank(colors, self.config.colors, color_word),

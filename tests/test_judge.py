@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from solids import cube, table
 
-from coser import train_loop
 from coser.cameras import Cameras
 from coser.data.dataset import Ring, list_rings
 from coser.judge import (Judgement, ViewJudge, azimuth_to_sector, is_janus, load_judge, nearest_distances,
@@ -21,6 +20,7 @@ from coser.train import main
 from coser.train_judge import (NOTHING, PRESETS, JudgeBatches, alter, classification_loss, is_kept_aside, matching_loss,
                                resample, resampling, text_forms)
 from coser.train_loop import checkpoints
+from tests.tiny import Killed, kill_at_step
 
 KINDS, COLORS = ("ball", "cube", "tree"), ("blue", "red")
 AZIMUTHS = torch.arange(12) * 30.0
@@ -304,17 +304,10 @@ def test_a_ring_is_judged_as_its_pictures_are(judge, renders, tmp_path):
 
 
 def test_a_killed_training_resumes_to_the_same_judge(command, finished, tmp_path, monkeypatch):
-    schedule = train_loop.schedule
-
-    def until_step_3(progress, step, *args):
-        if step == 3:
-            raise KeyboardInterrupt
-        return schedule(progress, step, *args)
-
-    monkeypatch.setattr(train_loop, "schedule", until_step_3)
-    with pytest.raises(KeyboardInterrupt):
+    kill_at_step(monkeypatch, 3)
+    with pytest.raises(Killed):
         main([*command, "--run", str(tmp_path / "run"), "--steps", "4"])
-    monkeypatch.setattr(train_loop, "schedule", schedule)
+    monkeypatch.undo()
     main([*command, "--run", str(tmp_path / "run"), "--steps", "4"])
     a, b = (load_file(checkpoints(r)[-1] / "training_state.safetensors") for r in (tmp_path / "run", finished))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in b)

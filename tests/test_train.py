@@ -20,6 +20,7 @@ from coser.optimizer import MasterOptimizer
 from coser.pipeline import CoSERPipeline
 from coser.train import main
 from coser.train_loop import Budget, Options, checkpoints
+from tests.tiny import Killed, kill_at_step
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,26 +76,15 @@ def held_out(run: Path) -> dict:
     return [e for e in entries if "held_out" in e][-1]
 
 
-class Killed(BaseException):
-    """Nothing in the code may catch it."""
-
-
 @pytest.mark.parametrize("verb", ["autoencoder", "denoiser"])
 def test_a_run_killed_between_checkpoints_ends_as_an_uninterrupted_one(verb, options, finished, tmp_path, monkeypatch):
     expected = finished(verb)
-    schedule = train_loop.schedule
-
-    def until_step_5(progress, step, *args):
-        if step == 5:
-            raise Killed
-        return schedule(progress, step, *args)
-
-    monkeypatch.setattr(train_loop, "schedule", until_step_5)
+    kill_at_step(monkeypatch, 5)
     command = [*options[verb], "--run", str(tmp_path / "run"), "--steps", "6", "--save-every", "2"]
     with pytest.raises(Killed):
         main(command)
     assert checkpoints(tmp_path / "run")[-1].name == "checkpoint-4"
-    monkeypatch.setattr(train_loop, "schedule", schedule)
+    monkeypatch.undo()
     main(command)
     assert_same_end(tmp_path / "run", expected)
 

@@ -22,15 +22,12 @@ from coser.shards import read_shards
 from coser.throughput import Throughput, bf16_matmul_rate, flop_of
 from coser.train import main
 from coser.train_loop import Budget, Options, checkpoints
+from tests.tiny import Killed
 from coser.train_recipe import PROMPTS, STAGES, Background, Record, same_weights, split_assets
 
 SOLIDS = {"red-cube": cube(0.5), "big-cube": cube(0.6), "ball": sphere(0.7, rows=6), "table": table()}
 TINY = ["--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--minutes", "10", "--size", "64",
         "--num-views", "4", "--workers", "1", "--prompts", "1", "--log-every", "1", "--warmup", "2"]
-
-
-class Killed(BaseException):
-    """Nothing in the code may catch it."""
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from solids import cube, sphere
 
+from coser import train_loop
 from coser.data.assets import list_assets
 from coser.data.render import render_assets
 from coser.models.autoencoder import ViewAutoencoder
@@ -20,6 +21,22 @@ from coser.train_denoiser import PRESETS as DENOISERS
 from coser.train_denoiser import load_tokenizer, small_scheduler
 
 STATISTICS = dict(latent_mean=(0.1, -0.2, 0.3, 0.0), latent_std=(0.5, 0.6, 0.7, 0.8))
+
+
+class Killed(BaseException):
+    """Nothing in the code may catch it."""
+
+
+def kill_at_step(monkeypatch, killed_at: int) -> None:
+    """Kills the next training when it is about to end its step of that number; `monkeypatch.undo` ends the threat."""
+    schedule = train_loop.schedule
+
+    def until_then(progress, step, *args):
+        if step == killed_at:
+            raise Killed
+        return schedule(progress, step, *args)
+
+    monkeypatch.setattr(train_loop, "schedule", until_then)
 
 
 def tiny_pipeline(seed: int = 0) -> CoSERPipeline:
