@@ -15,6 +15,11 @@ GUIDANCE_SCALE = (1.0, 12.0)
 NUM_INFERENCE_STEPS = (1, 50)
 SEED = (0, 2**31 - 1)
 CONSISTENCY = (0.0, 1.0)
+MAX_FACES = (500, 200_000)
+TEXTURE_SIZES = (512, 1024, 2048, 4096)  # pixels a side
+COLORING = ("texture", "vertices")
+ORIGINS = ("feet", "center")
+LONGEST_SIDE = (0.01, 100.0)  # metres
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,39 @@ class GenerationRequest:
         if not self.randomize_seed:
             return self
         return replace(self, seed=secrets.randbelow(SEED[1] + 1), randomize_seed=False)
+
+
+@dataclass(frozen=True)
+class AssetOptions:
+    """What the asset shall be like, decided after the views: checked on construction as a GenerationRequest is.
+
+    max_faces: the budget of triangles, 500 to 200,000. texture_size: pixels a side, 512, 1024, 2048 or 4096.
+    coloring: "texture", or "vertices" for colours at the vertices and no texture. origin: "feet" puts the object on
+    y = 0, in the middle over (0, 0, 0); "center" puts the middle of its box there. longest_side: of that box, metres,
+    0.01 to 100.
+    """
+
+    max_faces: int = 10_000
+    texture_size: int = 1024
+    coloring: str = "texture"
+    origin: str = "feet"
+    longest_side: float = 1.0
+
+    def __post_init__(self):
+        checked = {"max_faces": _whole("max_faces", self.max_faces, *MAX_FACES),
+                   "texture_size": _one_of("texture_size", self.texture_size, TEXTURE_SIZES),
+                   "coloring": _one_of("coloring", self.coloring, COLORING),
+                   "origin": _one_of("origin", self.origin, ORIGINS),
+                   "longest_side": _number("longest_side", self.longest_side, *LONGEST_SIDE)}
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+
+def _one_of(name: str, value: object, allowed: tuple) -> object:
+    found = [a for a in allowed if type(value) in (str, int, float) and a == value]
+    if not found:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {_shown(value)}")
+    return found[0]
 
 
 def _text(name: str, value: object, shortest: int, longest: int) -> str:

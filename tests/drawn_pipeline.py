@@ -10,6 +10,7 @@ import numpy as np
 import pygltflib
 import torch
 import torch.nn.functional as F
+import trimesh
 
 from coser.cameras import Cameras
 from coser.pipeline import MultiviewStep
@@ -71,3 +72,10 @@ def mean_color(glb: str | Path) -> np.ndarray:
     gltf = pygltflib.GLTF2().load(str(glb))
     view = gltf.bufferViews[gltf.accessors[gltf.meshes[0].primitives[0].attributes.COLOR_0].bufferView]
     return np.frombuffer(gltf.binary_blob(), "<f4", view.byteLength // 4, view.byteOffset).reshape(-1, 3).mean(0)
+
+
+def welded(glb: str | Path) -> trimesh.Trimesh:
+    """A GLB's mesh with the vertices at one place made one, whatever their normals and texture places."""
+    mesh = trimesh.load(glb, force="mesh")
+    mesh.merge_vertices(merge_tex=True, merge_norm=True)
+    return mesh

@@ -12,7 +12,7 @@ from coser.cameras import Cameras
 from coser.data.assets import linear_to_srgb, list_assets, load_mesh
 from coser.rasterizer import render
 from coser.reconstruction import Mesh, save_glb
-from coser.reconstruction.mesh import srgb_to_linear
+from coser.reconstruction.glb import srgb_to_linear
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import trimesh
+from drawn_pipeline import welded
 from PIL import Image
 
 CHROMIUM = shutil.which("chromium")
@@ -85,7 +85,7 @@ def test_a_prompt_becomes_an_object_that_turns_and_downloads(page, tmp_path):
         page.click("#download")
     download.value.save_as(tmp_path / download.value.suggested_filename)
     assert download.value.suggested_filename == "a-red-barrel-0.glb"
-    mesh = trimesh.load(tmp_path / download.value.suggested_filename, force="mesh")
+    mesh = welded(tmp_path / download.value.suggested_filename)
     assert mesh.is_watertight and len(mesh.faces) > 100
     assert page.asked_elsewhere == []
 
@@ -106,7 +106,7 @@ def test_an_example_is_shown_at_once_without_drawing(page, tmp_path):
     with page.expect_download() as download:
         page.click("#download")
     download.value.save_as(tmp_path / "example.glb")
-    assert trimesh.load(tmp_path / "example.glb", force="mesh").is_watertight
+    assert welded(tmp_path / "example.glb").is_watertight
     assert download.value.suggested_filename == prompt.replace(" ", "-") + "-0.glb"
     assert page.is_enabled("#go") and page.is_disabled("#stop") and page.asked_elsewhere == []
 

@@ -8,7 +8,8 @@ from coser.cameras import Cameras
 from coser.rasterizer import render
 from coser.reconstruction import reconstruct
 from coser.reconstruction.color import color_vertices, sample_colors
-from coser.reconstruction.mesh import Mesh, with_normals
+from coser.reconstruction.mesh import Mesh
+from coser.reconstruction.normals import with_normals
 
 RING = Cameras.orbit(8)
 

@@ -10,7 +10,10 @@ from solids import cube, joined, sphere
 
 from coser.cameras import Cameras
 from coser.reconstruction import reconstruct
-from coser.reconstruction.mesh import Mesh, keep_parts, part_pinches, save_glb, simplify, srgb_to_linear, with_normals
+from coser.reconstruction.glb import save_glb, srgb_to_linear
+from coser.reconstruction.mesh import Mesh, keep_parts, part_pinches, simplify
+from coser.reconstruction.normals import with_normals
+from coser.reconstruction.primitive import split_vertices
 from tests.drawn_pipeline import box_views
 
 
@@ -46,8 +49,24 @@ def test_every_edge_of_a_closed_mesh_is_listed_once():
 
 def test_normals_of_a_sphere_point_outward():
     mesh = with_normals(BALL)
-    assert np.allclose(mesh.normals, BALL.vertices / 0.6, atol=0.01)
-    assert np.allclose(np.linalg.norm(mesh.normals, axis=1), 1, atol=1e-6)
+    assert np.allclose(mesh.normals, (BALL.vertices / 0.6)[BALL.faces], atol=0.01)
+    assert np.allclose(np.linalg.norm(mesh.normals, axis=2), 1, atol=1e-6)
+
+
+def test_normals_of_a_box_are_those_of_its_sides_and_smooth_ones_point_through_its_corners():
+    sides = np.cross(*np.diff(BOX.vertices[BOX.faces], axis=1).transpose(1, 0, 2))
+    hard, smooth = with_normals(BOX), with_normals(BOX, 180.0)
+    assert np.allclose(hard.normals, sides[:, None], atol=1e-5)
+    assert np.allclose(smooth.normals, BOX.vertices[BOX.faces] / np.sqrt(0.75), atol=1e-5)
+
+
+def test_vertices_are_split_only_where_corners_differ():
+    assert np.array_equal(split_vertices(with_normals(BALL)).positions, BALL.vertices)
+    box = split_vertices(with_normals(BOX))
+    assert len(box.positions) == 24
+    assert np.array_equal(box.positions[box.faces], BOX.vertices[BOX.faces])
+    assert np.array_equal(box.positions, BOX.vertices[box.vertices])
+    assert np.array_equal(box.normals[box.faces], with_normals(BOX).normals)
 
 
 @pytest.mark.parametrize("budget", [120, 500, 10**6])
@@ -104,7 +123,7 @@ def test_glb_comes_back_as_it_was_written(tmp_path):
     path = save_glb(mesh, tmp_path / "ball.glb", {"prompt": "ein Ball «rot»", "seed": 7})
     back = trimesh.load(path, force="mesh", process=False)
     assert np.allclose(back.vertices, mesh.vertices) and np.array_equal(back.faces, mesh.faces) and back.is_watertight
-    assert np.allclose(back.vertex_normals, mesh.normals, atol=1e-5)
+    assert np.allclose(back.vertex_normals[back.faces], mesh.normals, atol=1e-5)
     file = pygltflib.GLTF2().load(str(path))
     assert file.asset.extras == {"prompt": "ein Ball «rot»", "seed": 7}
     material = file.materials[file.meshes[0].primitives[0].material].pbrMetallicRoughness
@@ -113,6 +132,17 @@ def test_glb_comes_back_as_it_was_written(tmp_path):
     view = file.bufferViews[accessor.bufferView]
     stored = np.frombuffer(file.binary_blob(), "<f4", accessor.count * 3, view.byteOffset).reshape(-1, 3)
     assert np.allclose(stored, srgb_to_linear(colors))
+
+
+def test_glb_keeps_its_texture_and_where_it_lies(tmp_path):
+    texture = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    uvs = np.random.default_rng(1).random((len(BOX.faces), 3, 2), np.float32)
+    path = save_glb(with_normals(Mesh(BOX.vertices, BOX.faces, uvs=uvs, texture=texture)), tmp_path / "box.glb")
+    back = trimesh.load(path, force="mesh", process=False)
+    assert np.array_equal(np.asarray(back.visual.material.baseColorTexture)[..., :3], texture)
+    flipped = back.visual.uv * (1, -1) + (0, 1)  # trimesh counts v from below
+    assert np.allclose(flipped[back.faces], uvs, atol=1e-6)
+    assert np.allclose(back.vertices[back.faces], BOX.vertices[BOX.faces])
 
 
 def test_glb_bounds_and_lengths_are_right(tmp_path):
@@ -133,5 +163,11 @@ def test_mismatched_arrays_are_refused():
         Mesh(BOX.vertices, BOX.faces, BOX.vertices[:2])
     with pytest.raises(ValueError, match="faces"):
         Mesh(BOX.vertices, BOX.faces[:, :2])
+    with pytest.raises(ValueError, match="texture"):
+        Mesh(BOX.vertices, BOX.faces, uvs=np.zeros((12, 3, 2), np.float32))
+    with pytest.raises(ValueError, match="texture"):
+        Mesh(BOX.vertices, BOX.faces, uvs=np.zeros((12, 3, 2), np.float32), texture=np.zeros((4, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="hard_angle"):
+        with_normals(BOX, -1.0)
     with pytest.raises(ValueError, match="max_faces"):
         simplify(BOX, 3)

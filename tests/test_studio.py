@@ -11,11 +11,11 @@ import pygltflib
 import pytest
 import torch
 import trimesh
-from drawn_pipeline import NOTHING, DrawnPipeline, box_views, mean_color
+from drawn_pipeline import NOTHING, DrawnPipeline, box_views, mean_color, welded
 
 from coser.cameras import Cameras
 from coser.pipeline import CoSERPipeline
-from coser.request import GenerationRequest
+from coser.request import AssetOptions, GenerationRequest
 from coser.studio import TILE, Studio, file_name, grid, remove_old_runs, run_folder, session_folder
 from coser.views import ViewSet
 from coser.vocabulary import Verdict
@@ -44,6 +44,17 @@ def test_wrong_request_names_argument_and_what_is_allowed(name, value, allowed):
     assert len(str(error.value)) < 200
 
 
+@pytest.mark.parametrize("name, value, allowed", [
+    ("max_faces", 499, "500 to 200000"), ("max_faces", 1e9, "500 to 200000"), ("max_faces", "few", "500 to 200000"),
+    ("texture_size", 1000, "512, 1024, 2048, 4096"), ("texture_size", None, "512, 1024, 2048, 4096"),
+    ("coloring", "crayons", "texture, vertices"), ("origin", [], "feet, center"), ("longest_side", 0, "0.01 to 100"),
+    ("longest_side", float("nan"), "0.01 to 100"), ("texture_size", True, "512, 1024, 2048, 4096"),
+])
+def test_wrong_asset_options_name_argument_and_what_is_allowed(name, value, allowed):
+    with pytest.raises(ValueError, match=f"^{name} must .*{allowed}.*got"):
+        AssetOptions(**{name: value})
+
+
 def test_whole_numbers_that_arrive_as_floats_are_taken():
     request = GenerationRequest(" a  red\nbox ", num_views=6.0, seed=3.0, elevation=10)
     assert (request.prompt, request.num_views, request.seed) == ("a red box", 6, 3)
@@ -64,7 +75,7 @@ def test_a_run_streams_every_step_then_the_mesh_then_is_done(studio, tmp_path):
 
 def test_done_means_a_watertight_coloured_glb_that_tells_how_it_was_made(studio, tmp_path):
     done = list(studio.generate(REQUEST, tmp_path / "box.glb"))[-1]
-    mesh = trimesh.load(done.glb, force="mesh")
+    mesh = welded(done.glb)
     assert mesh.is_watertight and len(mesh.faces) > 100
     red, green, blue = mean_color(done.glb)
     assert red > 2 * max(green, blue)

@@ -1,8 +1,9 @@
-"""From posed views to an asset: fuse the depth maps, simplify the surface, colour it."""
+"""From posed views to an asset: a closed surface first, then, as often as wished, triangles and colours for it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,27 +13,65 @@ from coser.rasterizer import rasterize
 from coser.reconstruction.color import color_vertices
 from coser.reconstruction.consensus import fuse_consensus
 from coser.reconstruction.fuse import fuse
-from coser.reconstruction.mesh import Mesh, keep_parts, save_glb, simplify, with_normals
+from coser.reconstruction.glb import save_glb
+from coser.reconstruction.mesh import Mesh, keep_parts, simplify
+from coser.reconstruction.normals import with_normals
 from coser.views import ViewSet
 
-__all__ = ["Mesh", "reconstruct", "save_glb"]
+__all__ = ["Mesh", "Surface", "SurfaceStep", "find_surface", "finish", "reconstruct", "save_glb", "stream_surface"]
 
 SPECK = 4.0  # voxels; parts that span less are noise
 # Mean IoU of a mesh with the views it was made of. Views of a real object give .97 and more.
 CONTRADICTION = 0.93
 CHECKED_SIZE = 64  # pixels; contradictions worth a second fusion are larger than a pixel of this picture
+CHECKED_FACES = 20_000
 TOLERANCE = 1.5  # voxels; how far a view's depth usually lies from the surface
 
 
+@dataclass(frozen=True)
+class Surface:
+    """The closed surface that views show, before anything is decided about triangles and colours.
+
+    mesh: dense, without colours. voxel: the side (world units) of the grid that it comes from. views, cameras: those
+    that it was made of and is coloured from.
+    """
+
+    mesh: Mesh
+    voxel: float
+    views: ViewSet
+    cameras: Cameras
+
+
+@dataclass(frozen=True)
+class SurfaceStep:
+    """One moment of finding a surface: index of total, in words for a progress line, and at the end the surface."""
+
+    index: int
+    total: int
+    message: str
+    surface: Surface | None = None
+
+
 def reconstruct(views: ViewSet, cameras: Cameras, *, resolution: int = 128, max_faces: int = 20_000) -> Mesh:
-    """Posed views with depth, generated, rendered or photographed => one closed, coloured mesh.
+    """Posed views, generated, rendered or photographed => one closed, coloured mesh: `finish` of `find_surface`."""
+    return finish(find_surface(views, cameras, resolution), max_faces=max_faces)
+
+
+def find_surface(views: ViewSet, cameras: Cameras, resolution: int = 128) -> Surface:
+    """`stream_surface` drained: arguments and errors as there."""
+    for step in stream_surface(views, cameras, resolution):
+        pass
+    return step.surface
+
+
+def stream_surface(views: ViewSet, cameras: Cameras, resolution: int = 128) -> Iterator[SurfaceStep]:
+    """Posed views => the steps of finding their closed surface; the last one carries it.
 
     Where carving by every view leaves a mesh that does not look like its own views, they contradict each other, and
     what they agree on at large is made instead if that fits them better.
 
     views: N >= 1 square views; cameras: their N perspective cameras. resolution: the fusion grid holds at most
-    resolution^3 cells. max_faces: the budget of triangles (passed over only where keeping it would tear the surface).
-    Raises ValueError when the views and cameras do not belong together or the views show nothing.
+    resolution^3 cells. Raises ValueError when the views and cameras do not belong together or the views show nothing.
     """
     height, width = views.views.shape[2:]
     if len(views) != len(cameras):
@@ -48,12 +87,21 @@ def reconstruct(views: ViewSet, cameras: Cameras, *, resolution: int = 128, max_
     if not shown.any():
         raise ValueError("views show nothing: no pixel has a mask of at least 0.5 and a depth")
     views, cameras = views[shown], cameras[shown]  # an empty view has failed: it would carve everything away
-    mesh, voxel = _carved_or_agreed(views, cameras, resolution, max_faces)
-    return with_normals(replace(mesh, vertex_colors=color_vertices(mesh, views, cameras, TOLERANCE * voxel)))
+    yield SurfaceStep(0, 1, "Fusing the views")
+    mesh, voxel = _carved_or_agreed(views, cameras, resolution)
+    yield SurfaceStep(1, 1, "Surface found", Surface(mesh, voxel, views, cameras))
 
 
-def _carved_or_agreed(views: ViewSet, cameras: Cameras, resolution: int, max_faces: int) -> tuple[Mesh, float]:
-    """The tidy mesh without colours, and the voxel's side of the grid it comes from."""
+def finish(surface: Surface, *, max_faces: int = 20_000) -> Mesh:
+    """Surface => mesh with at most `max_faces` triangles (more only where keeping the budget would tear it), normals
+    and vertex colours."""
+    mesh = simplify(surface.mesh, max_faces)
+    colors = color_vertices(mesh, surface.views, surface.cameras, TOLERANCE * surface.voxel)
+    return with_normals(replace(mesh, vertex_colors=colors))
+
+
+def _carved_or_agreed(views: ViewSet, cameras: Cameras, resolution: int) -> tuple[Mesh, float]:
+    """The dense tidy mesh, and the voxel's side of the grid it comes from."""
     best, error = None, None
     for method, side in ((fuse, resolution), (fuse_consensus, max(8, resolution // 2))):  # the second is smooth
         try:
@@ -61,8 +109,8 @@ def _carved_or_agreed(views: ViewSet, cameras: Cameras, resolution: int, max_fac
         except ValueError as nothing_found:
             error = error or nothing_found
             continue
-        mesh = simplify(keep_parts(Mesh(vertices, faces), SPECK * voxel), max_faces)
-        fit = _fit(mesh, views, cameras)
+        mesh = keep_parts(Mesh(vertices, faces), SPECK * voxel)
+        fit = _fit(simplify(mesh, CHECKED_FACES), views, cameras)
         if best is None or fit > best[0]:
             best = fit, mesh, voxel
         if best[0] >= CONTRADICTION:

@@ -1,41 +1,49 @@
-"""The Mesh, what keeps it tidy (parts, simplification, closedness), and the only writer of GLB files."""
+"""The Mesh, and what keeps it tidy: parts, simplification, closedness."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import fast_simplification
 import numpy as np
-import pygltflib
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-ROUGHNESS = 0.9
-
 
 @dataclass(frozen=True)
 class Mesh:
-    """A triangle mesh, y up, faces counter-clockwise seen from outside.
+    """A triangle mesh, y up, faces counter-clockwise seen from outside, corners at one place sharing one vertex.
 
-    vertices [V,3] float32; faces [F,3] int64; vertex_colors [V,3] float32 in [0,1], sRGB as in the views, or None;
-    normals [V,3] float32 of unit length or None.
+    vertices [V,3] float32; faces [F,3] int64; vertex_colors [V,3] float32 in [0,1], sRGB as in the views, or None.
+    What may differ between the faces around a vertex belongs to their corners: normals [F,3,3] float32 of unit length
+    or None; uvs [F,3,2] float32 in [0,1], v DOWN from the texture's top left corner (as in glTF), or None, together
+    with texture [S,S,3] uint8, sRGB. Exporters split vertices where that is needed (`coser.reconstruction.primitive`).
     """
 
     vertices: np.ndarray
     faces: np.ndarray
     vertex_colors: np.ndarray | None = None
     normals: np.ndarray | None = None
+    uvs: np.ndarray | None = None
+    texture: np.ndarray | None = None
 
     def __post_init__(self):
         for name, width in (("vertices", 3), ("faces", 3)):
             if getattr(self, name).ndim != 2 or getattr(self, name).shape[1] != width:
                 raise ValueError(f"{name} must be [*,{width}], got {list(getattr(self, name).shape)}")
-        for name in ("vertex_colors", "normals"):
+        corners = len(self.faces), 3
+        for name, shape in (("vertex_colors", self.vertices.shape), ("normals", (*corners, 3)), ("uvs", (*corners, 2))):
             values = getattr(self, name)
-            if values is not None and values.shape != self.vertices.shape:
-                raise ValueError(f"{name} must be {list(self.vertices.shape)}, got {list(values.shape)}")
+            if values is not None and values.shape != shape:
+                raise ValueError(f"{name} must be {list(shape)}, got {list(values.shape)}")
+        if (self.uvs is None) != (self.texture is None):
+            raise ValueError("uvs and texture must come together, got only one of them")
+        if self.texture is not None and (self.texture.dtype != np.uint8 or self.texture.ndim != 3
+                                         or self.texture.shape[0] != self.texture.shape[1]
+                                         or self.texture.shape[2] != 3):
+            raise ValueError(f"texture must be square uint8 [S,S,3], got {self.texture.dtype} "
+                             f"{list(self.texture.shape)}")
 
     def edges(self) -> np.ndarray:
         """Each edge once, [E,2], smaller vertex first."""
@@ -201,64 +209,3 @@ def _pair_around(vertices, faces, start, end, going, coming) -> np.ndarray:
 
     gap = (angle(going)[:, None] - angle(coming)[None]) % (2 * np.pi)
     return linear_sum_assignment(gap)[1]
-
-
-def with_normals(mesh: Mesh) -> Mesh:
-    """The mesh with smooth normals: the mean of the faces around each vertex, weighted by their corner's angle."""
-    corners = mesh.vertices[mesh.faces].astype(np.float64)
-    face = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    face /= np.maximum(np.linalg.norm(face, axis=1, keepdims=True), 1e-20)
-    ahead, back = np.roll(corners, -1, 1) - corners, np.roll(corners, 1, 1) - corners
-    lengths = np.linalg.norm(ahead, axis=2) * np.linalg.norm(back, axis=2)
-    angle = np.arccos(np.clip((ahead * back).sum(2) / np.maximum(lengths, 1e-20), -1, 1))
-    index = mesh.faces.ravel()
-    count = len(mesh.vertices)
-    normals = np.stack([np.bincount(index, (angle * face[:, k:k + 1]).ravel(), count) for k in range(3)], -1)
-    length = np.linalg.norm(normals, axis=1, keepdims=True)
-    normals = np.where(length > 1e-9, normals / np.maximum(length, 1e-9), (0.0, 1.0, 0.0))
-    return replace(mesh, normals=normals.astype(np.float32))
-
-
-def srgb_to_linear(colors: np.ndarray) -> np.ndarray:
-    """Colours in [0,1] as pictures store them => linear light, which glTF asks of vertex colours (IEC 61966-2-1)."""
-    return np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4).astype(np.float32)
-
-
-def save_glb(mesh: Mesh, path: str | Path, extras: dict | None = None) -> Path:
-    """Writes `mesh` as one GLB file: y up, one matt material, normals, linear COLOR_0, `extras` (JSON) in asset.extras.
-
-    The views' own shading is part of the colours, and viewers light the mesh once more; a matt, non-metallic material
-    keeps that second light soft. Returns the path.
-    """
-    if mesh.normals is None:
-        mesh = with_normals(mesh)
-    attributes = {"POSITION": mesh.vertices, "NORMAL": mesh.normals}
-    if mesh.vertex_colors is not None:
-        attributes["COLOR_0"] = srgb_to_linear(mesh.vertex_colors)
-    index_type = np.uint16 if len(mesh.vertices) < 65535 else np.uint32
-    arrays = [a.astype("<f4") for a in attributes.values()] + [mesh.faces.astype(index_type).ravel()]
-    gltf = pygltflib.GLTF2(
-        asset=pygltflib.Asset(version="2.0", generator="CoSER", extras=extras or {}),
-        scene=0, scenes=[pygltflib.Scene(nodes=[0])], nodes=[pygltflib.Node(mesh=0, name="object")],
-        materials=[pygltflib.Material(name="matt", pbrMetallicRoughness=pygltflib.PbrMetallicRoughness(
-            metallicFactor=0.0, roughnessFactor=ROUGHNESS))],
-        meshes=[pygltflib.Mesh(name="object", primitives=[pygltflib.Primitive(
-            attributes=pygltflib.Attributes(**{name: i for i, name in enumerate(attributes)}),
-            indices=len(attributes), material=0)])])
-    blob = b""
-    for i, array in enumerate(arrays):
-        vertex = i < len(attributes)
-        data = array.tobytes()
-        gltf.bufferViews.append(pygltflib.BufferView(
-            buffer=0, byteOffset=len(blob), byteLength=len(data),
-            target=pygltflib.ARRAY_BUFFER if vertex else pygltflib.ELEMENT_ARRAY_BUFFER))
-        component = pygltflib.FLOAT if vertex else (
-            pygltflib.UNSIGNED_SHORT if index_type is np.uint16 else pygltflib.UNSIGNED_INT)
-        gltf.accessors.append(pygltflib.Accessor(
-            bufferView=i, componentType=component, count=len(array), type="VEC3" if vertex else "SCALAR",
-            min=array.min(0).tolist() if i == 0 else None, max=array.max(0).tolist() if i == 0 else None))
-        blob += data + b"\0" * (-len(data) % 4)
-    gltf.buffers = [pygltflib.Buffer(byteLength=len(blob))]
-    gltf.set_binary_blob(blob)
-    Path(path).write_bytes(b"".join(gltf.save_to_bytes()))
-    return Path(path)
