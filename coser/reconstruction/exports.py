@@ -1,0 +1,97 @@
+"""The formats that an asset leaves in, and the one way out: written aside, read back, checked, and only then there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import trimesh
+
+from coser.cameras import Cameras
+from coser.reconstruction.glb import save_glb
+from coser.reconstruction.mesh import Mesh
+from coser.reconstruction.obj import SUFFIX as OBJ_SUFFIX
+from coser.reconstruction.obj import check_obj, save_obj
+from coser.reconstruction.ply import check_ply, save_ply
+from coser.reconstruction.reload import expect_mesh, expect_texture
+from coser.reconstruction.stl import check_stl, save_stl
+from coser.views import ViewSet
+
+
+class Stopped(Exception):
+    """Writing ended because it was asked to."""
+
+
+@dataclass(frozen=True)
+class Asset:
+    """All that an export may need: the placed mesh, the views that it was made of, their cameras, the run's words."""
+
+    mesh: Mesh
+    views: ViewSet | None
+    cameras: Cameras | None
+    extras: dict | None
+    should_stop: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A file's kind. suffix: how its name ends; label: its name for people; write, check: with an Asset and a path."""
+
+    suffix: str
+    label: str
+    write: Callable[[Asset, Path], object]
+    check: Callable[[Asset, Path], None]
+
+
+FORMATS: dict[str, Format] = {
+    "glb": Format(".glb", "GLB: game engines, web", lambda asset, path: save_glb(asset.mesh, path, asset.extras),
+                  lambda asset, path: check_glb(asset.mesh, path)),
+    "obj": Format(OBJ_SUFFIX, "OBJ + MTL + PNG (zip): modelling", lambda asset, path: save_obj(asset.mesh, path),
+                  lambda asset, path: check_obj(asset.mesh, path)),
+    "stl": Format(".stl", "STL: printing, millimetres", lambda asset, path: save_stl(asset.mesh, path),
+                  lambda asset, path: check_stl(asset.mesh, path)),
+    "ply": Format(".ply", "PLY: vertex colours", lambda asset, path: save_ply(asset.mesh, path),
+                  lambda asset, path: check_ply(asset.mesh, path)),
+}
+
+
+def export(format: str, mesh: Mesh, views: ViewSet | None, cameras: Cameras | None, path: str | Path, *,
+           extras: dict | None = None, should_stop: Callable[[], bool] = lambda: False) -> Path | None:
+    """Writes one file of a format in FORMATS and returns its path once it has been read back and found right; None
+    where `should_stop` ended it.
+
+    mesh: placed as it shall be exported, metres, y up. views, cameras: those that it was made of; None where the format
+    does not need them. path: its folder must exist and its name end with the format's suffix; what was there is
+    replaced in one step. extras: JSON values that tell the run, for formats with room for them. Whatever happens,
+    nothing unfinished lies at `path` or beside it. Raises ValueError when an argument is wrong or the file does not hold
+    what it should, and OSError when the folder cannot be written to or the disk is full.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    path, kind = Path(path), FORMATS[format]
+    if not path.name.endswith(kind.suffix) or path.name == kind.suffix:
+        raise ValueError(f"path must end with a name and {kind.suffix} for {format}, got {path}")
+    if not len(mesh.faces):
+        raise ValueError("mesh must have at least one face, got none")
+    asset = Asset(mesh, views, cameras, extras, should_stop)
+    # a folder, so that the file has its own name from the start and no reader is misled by its ending
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
+        aside = Path(folder) / path.name
+        try:
+            kind.write(asset, aside)
+            kind.check(asset, aside)
+        except Stopped:
+            return None
+        os.replace(aside, path)
+    return path
+
+
+def check_glb(mesh: Mesh, path: str | Path) -> None:
+    """Reads the file back; raises ValueError where its triangles or its texture are not the mesh's."""
+    back = trimesh.load(path, file_type="glb", force="mesh", process=False)
+    expect_mesh(back, mesh, mesh.vertices)
+    if mesh.texture is not None:
+        expect_texture(back, back.visual.material.baseColorTexture, mesh)
