@@ -17,6 +17,8 @@ from coser.reconstruction.obj import SUFFIX as OBJ_SUFFIX
 from coser.reconstruction.obj import check_obj, save_obj
 from coser.reconstruction.ply import check_ply, save_ply
 from coser.reconstruction.reload import expect_mesh, expect_texture
+from coser.reconstruction.splat import SUFFIX as SPLAT_SUFFIX
+from coser.reconstruction.splat import check_splat, save_splat
 from coser.reconstruction.stl import check_stl, save_stl
 from coser.views import ViewSet
 
@@ -55,6 +57,8 @@ FORMATS: dict[str, Format] = {
                   lambda asset, path: check_stl(asset.mesh, path)),
     "ply": Format(".ply", "PLY: vertex colours", lambda asset, path: save_ply(asset.mesh, path),
                   lambda asset, path: check_ply(asset.mesh, path)),
+    "splat": Format(SPLAT_SUFFIX, "Gaussian splats (.ply)", lambda asset, path: save_splat(asset.mesh, path),
+                    lambda asset, path: check_splat(asset.mesh, path)),
 }
 
 

@@ -3,10 +3,71 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 from coser.reconstruction.mesh import Mesh
 
 PLAIN = 0.7  # brightness of meshes without colours
+CROWD = 5  # candidates for each point that is kept
+APART = 0.70  # least distance of two points, in sides of the square that is a point's share; about as many fit as asked
+ROBERTS = (0.7548776662466927, 0.5698402909980532)  # powers of the plastic number: steps that fill a square evenly
+
+
+def spread_points(mesh: Mesh, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """About `count` (>= 1) points all over the surface, evenly and without a pattern: faces [P] int64 and barycentric
+    weights [P,3].
+
+    Poisson discs: of a crowd spread by area (stratified over the faces, along the R2 sequence within them, Roberts
+    2018), in a random order that is always the same, each point goes in unless one of the same side of the surface is
+    nearer than the least distance.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    corners, normals = _corners_and_normals(mesh)
+    area = np.linalg.norm(normals, axis=1) / 2
+    if not area.sum() > 0:
+        raise ValueError("mesh must have a surface, got one without any area")
+    crowd = np.arange(count * CROWD)
+    total = np.cumsum(area)
+    faces = np.searchsorted(total, (crowd + 0.5) / len(crowd) * total[-1]).clip(max=len(area) - 1)
+    u, v = (0.5 + crowd[:, None] * np.array(ROBERTS)).T % 1
+    u, v = np.where(u + v > 1, (1 - u, 1 - v), (u, v))
+    weights = np.stack([1 - u - v, u, v], -1)
+    normals = normals[faces] / np.maximum(2 * area[faces, None], 1e-30)
+    places = np.einsum("pk,pkc->pc", weights, corners[faces])
+    kept = _apart(places, normals, APART * np.sqrt(total[-1] / count))
+    return faces[kept], weights[kept]
+
+
+def face_areas(mesh: Mesh) -> np.ndarray:
+    """The faces' areas [F], square metres."""
+    return np.linalg.norm(_corners_and_normals(mesh)[1], axis=1) / 2
+
+
+def _corners_and_normals(mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
+    """Float64 corners [F,3,3] and normals [F,3], twice as long as a face's area."""
+    corners = mesh.vertices[mesh.faces].astype(np.float64)
+    return corners, np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+
+
+def _apart(places: np.ndarray, normals: np.ndarray, least: float) -> np.ndarray:
+    """Which places [P,3] go in when asked in a random order, each unless one that is in is nearer than `least`."""
+    pairs = cKDTree(places).query_pairs(least, output_type="ndarray")
+    pairs = pairs[np.einsum("pk,pk->p", normals[pairs[:, 0]], normals[pairs[:, 1]]) > 0]  # not through thin parts
+    rank = np.random.default_rng(0).permutation(len(places))
+    first = np.where(rank[pairs[:, 0]] < rank[pairs[:, 1]], pairs[:, 0], pairs[:, 1])
+    second = pairs.sum(1) - first
+    asked, kept = np.ones(len(places), bool), np.zeros(len(places), bool)
+    while len(first):  # all at once that have nobody before them any more
+        waits = np.zeros(len(places), bool)
+        waits[second] = True
+        now = asked & ~waits
+        kept |= now
+        asked &= ~now
+        asked[second[now[first]]] = False
+        open_pairs = asked[first] & asked[second]
+        first, second = first[open_pairs], second[open_pairs]
+    return kept | asked
 
 
 def colors_at(mesh: Mesh, faces: np.ndarray, weights: np.ndarray) -> np.ndarray:
