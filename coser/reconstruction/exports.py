@@ -20,11 +20,10 @@ from coser.reconstruction.reload import expect_mesh, expect_texture
 from coser.reconstruction.splat import SUFFIX as SPLAT_SUFFIX
 from coser.reconstruction.splat import check_splat, save_splat
 from coser.reconstruction.stl import check_stl, save_stl
+from coser.reconstruction.turntable import SUFFIX_GIF, SUFFIX_MP4, check_gif, check_mp4, save_gif, save_mp4
+from coser.reconstruction.views_zip import SUFFIX as VIEWS_SUFFIX
+from coser.reconstruction.views_zip import check_views, save_views
 from coser.views import ViewSet
-
-
-class Stopped(Exception):
-    """Writing ended because it was asked to."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,14 @@ class Asset:
 
 @dataclass(frozen=True)
 class Format:
-    """A file's kind. suffix: how its name ends; label: its name for people; write, check: with an Asset and a path."""
+    """A file's kind. suffix: how its name ends; label: its name for people; write: an Asset to a path, returns the path
+    or None when it was stopped; check: whether a path holds an Asset; needs_views: whether it is made of the views."""
 
     suffix: str
     label: str
-    write: Callable[[Asset, Path], object]
+    write: Callable[[Asset, Path], Path | None]
     check: Callable[[Asset, Path], None]
+    needs_views: bool = False
 
 
 FORMATS: dict[str, Format] = {
@@ -59,6 +60,13 @@ FORMATS: dict[str, Format] = {
                   lambda asset, path: check_ply(asset.mesh, path)),
     "splat": Format(SPLAT_SUFFIX, "Gaussian splats (.ply)", lambda asset, path: save_splat(asset.mesh, path),
                     lambda asset, path: check_splat(asset.mesh, path)),
+    "views": Format(VIEWS_SUFFIX, "Views + cameras (zip): NeRF programs",
+                    lambda asset, path: save_views(asset.views, asset.cameras, path, asset.extras),
+                    lambda asset, path: check_views(asset.views, asset.cameras, path), needs_views=True),
+    "mp4": Format(SUFFIX_MP4, "Turntable (MP4)", lambda asset, path: save_mp4(asset.mesh, path, asset.should_stop),
+                  lambda asset, path: check_mp4(asset.mesh, path)),
+    "gif": Format(SUFFIX_GIF, "Turntable (GIF)", lambda asset, path: save_gif(asset.mesh, path, asset.should_stop),
+                  lambda asset, path: check_gif(asset.mesh, path)),
 }
 
 
@@ -69,9 +77,9 @@ def export(format: str, mesh: Mesh, views: ViewSet | None, cameras: Cameras | No
 
     mesh: placed as it shall be exported, metres, y up. views, cameras: those that it was made of; None where the format
     does not need them. path: its folder must exist and its name end with the format's suffix; what was there is
-    replaced in one step. extras: JSON values that tell the run, for formats with room for them. Whatever happens,
-    nothing unfinished lies at `path` or beside it. Raises ValueError when an argument is wrong or the file does not hold
-    what it should, and OSError when the folder cannot be written to or the disk is full.
+    replaced in one step. extras: JSON values that tell the run, for formats with room for them (glb, views). Whatever
+    happens, nothing unfinished lies at `path` or beside it. Raises ValueError when an argument is wrong or the file
+    does not hold what it should, and OSError when the folder cannot be written to or the disk is full.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -80,15 +88,15 @@ def export(format: str, mesh: Mesh, views: ViewSet | None, cameras: Cameras | No
         raise ValueError(f"path must end with a name and {kind.suffix} for {format}, got {path}")
     if not len(mesh.faces):
         raise ValueError("mesh must have at least one face, got none")
+    if kind.needs_views and (views is None or cameras is None):
+        raise ValueError(f"views and cameras must be given for {format}, got none")
     asset = Asset(mesh, views, cameras, extras, should_stop)
     # a folder, so that the file has its own name from the start and no reader is misled by its ending
     with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
         aside = Path(folder) / path.name
-        try:
-            kind.write(asset, aside)
-            kind.check(asset, aside)
-        except Stopped:
+        if should_stop() or kind.write(asset, aside) is None:
             return None
+        kind.check(asset, aside)
         os.replace(aside, path)
     return path
 
