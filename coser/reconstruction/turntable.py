@@ -18,7 +18,7 @@ from coser.reconstruction.reload import expect_close, expect_equal
 from coser.reconstruction.sampling import PLAIN
 
 SUFFIX_MP4, SUFFIX_GIF = "-turntable.mp4", "-turntable.gif"
-SIZE, FRAMES, RATE = 512, 84, 24  # pixels a side, frames a turn, frames a second
+SIZE, FRAMES, RATE = 512, 72, 24  # pixels a side, frames a turn, frames a second
 GIF_SIZE, GIF_FRAMES, GIF_DELAY = 256, 36, 80  # the last in milliseconds; GIFs count hundredths of a second
 SAMPLES = 1.5  # a pixel side is drawn with so many samples
 MARGIN = 1.05  # the bounding sphere's room in the picture
@@ -34,16 +34,24 @@ def turntable_frames(mesh: Mesh, size: int, count: int) -> Iterator[np.ndarray]:
     middle = (used.min(0) + used.max(0)) / 2
     radius = MARGIN * max(float(np.linalg.norm(used - middle, axis=1).max()), 1e-12)
     vertices = torch.from_numpy(((mesh.vertices - middle) / radius).astype(np.float32))
-    faces, cameras, drawn = torch.from_numpy(mesh.faces), Cameras.orbit(count, ELEVATION), round(SAMPLES * size)
+    faces = torch.from_numpy(mesh.faces)
+    corners = vertices[faces]
+    normals = torch.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0], dim=-1)
+    closed, drawn = mesh.is_watertight, round(SAMPLES * size)
     if mesh.texture is not None:
         uvs, texture = torch.from_numpy(mesh.uvs), torch.from_numpy(mesh.texture).float() / 255
-    colors = torch.full((len(faces), 3, 3), PLAIN) if mesh.vertex_colors is None else torch.from_numpy(
-        mesh.vertex_colors)[faces]
-    for i in range(count):
+    elif mesh.vertex_colors is not None:
+        colors = torch.from_numpy(mesh.vertex_colors)[faces]
+    else:
+        colors = torch.full((len(faces), 3, 3), PLAIN)
+    for camera in (Cameras.orbit(count, ELEVATION)[i] for i in range(count)):
+        shown = torch.arange(len(faces))
+        if closed:  # what faces away is hidden, and half of the work
+            shown = shown[((camera.centers - corners[:, 0]) * normals).sum(1) > 0]
         if mesh.texture is not None:
-            view = render_textured(vertices, faces, uvs, texture, cameras[i], drawn, supersample=1)
+            view = render_textured(vertices, faces[shown], uvs[shown], texture, camera, drawn, supersample=1)
         else:  # without any colours, shading shows the shape
-            view = render(vertices, faces, colors, cameras[i], drawn, 1, shade=mesh.vertex_colors is None)
+            view = render(vertices, faces[shown], colors[shown], camera, drawn, 1, shade=mesh.vertex_colors is None)
         picture = F.interpolate(view.on_background(), (size, size), mode="bilinear", antialias=True)
         yield (picture[0].clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
@@ -90,8 +98,8 @@ def save_gif(mesh: Mesh, path: str | Path, should_stop: Callable[[], bool] = lam
         if should_stop():
             return None
         pictures.append(picture)
-    palette = Image.fromarray(np.concatenate(pictures[::3])).quantize(256, Image.Quantize.MEDIANCUT)
-    frames = [Image.fromarray(picture).quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    palette = _palette(np.concatenate(pictures[::3]))
+    frames = [_in_palette(picture, palette) for picture in pictures]
     frames[0].save(path, "GIF", save_all=True, append_images=frames[1:], duration=GIF_DELAY, loop=0, optimize=False)
     return Path(path)
 
@@ -107,6 +115,24 @@ def check_gif(mesh: Mesh, path: str | Path) -> None:
             duration += gif.info["duration"]
     expect_equal("milliseconds:", duration, GIF_FRAMES * GIF_DELAY)
     _expect_similar(first, next(turntable_frames(mesh, GIF_SIZE, GIF_FRAMES)))
+
+
+def _palette(picture: np.ndarray) -> Image.Image:
+    """A palette for the object's colours; its last one is the white around it."""
+    colored = picture[(picture < 255).any(-1)]
+    colored = colored if len(colored) else picture[0]
+    found = Image.fromarray(colored[None]).quantize(255, Image.Quantize.MEDIANCUT).getpalette()[:765]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(found + [255] * (768 - len(found)))
+    return palette
+
+
+def _in_palette(picture: np.ndarray, palette: Image.Image) -> Image.Image:
+    index = np.array(Image.fromarray(picture).quantize(palette=palette, dither=Image.Dither.NONE))
+    index[(picture == 255).all(-1)] = 255  # the search for the nearest colour is a rough one
+    frame = Image.fromarray(index, "P")
+    frame.putpalette(palette.getpalette())
+    return frame
 
 
 def _expect_similar(found: np.ndarray, wanted: np.ndarray) -> None:
