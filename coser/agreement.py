@@ -18,7 +18,7 @@ from torch import Tensor
 
 from coser.cameras import Cameras, pixel_centers
 from coser.metrics import psnr, render_mesh, silhouette_iou, ssim
-from coser.reconstruction import Mesh, reconstruct
+from coser.reconstruction import QUICK, Mesh, reconstruct
 from coser.reconstruction.maps import pixel_size, surface_points
 from coser.views import ViewSet, views_to_uint8
 
@@ -80,7 +80,7 @@ def held_out_rerender(views: ViewSet, cameras: Cameras, every: int = 4, **option
     if every < 2:
         raise ValueError(f"every must be at least 2 to leave views to reconstruct from, got {every}")
     held = torch.arange(len(views)) % every == 1
-    mesh = reconstruct(views[~held], cameras[~held], **options)
+    mesh = reconstruct(views[~held], cameras[~held], **(QUICK | options))
     pictures = _pictures(mesh, views, cameras, held)
     return psnr(*pictures), ssim(*pictures)
 
@@ -230,7 +230,7 @@ def _check_ring(views: ViewSet, cameras: Cameras, least: int, purpose: str) -> N
 def _half_mesh(views: ViewSet, cameras: Cameras, first: int, options: dict) -> Mesh:
     _check_ring(views, cameras, 4, "set odd against even ones")
     half = slice(first, None, 2)
-    return reconstruct(views[half], cameras[half], **options)
+    return reconstruct(views[half], cameras[half], **(QUICK | options))
 
 
 def _odd_psnr(mesh: Mesh, views: ViewSet, cameras: Cameras) -> Tensor:

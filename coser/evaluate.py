@@ -53,6 +53,7 @@ def evaluate_reconstruction(assets: Iterable[Asset], num_views: int = 12, elevat
     ring = Cameras.orbit(num_views, elevation)
     between = (torch.arange(novel_views).double() * num_views / novel_views).floor() * 360 / num_views + 180 / num_views
     novel = Cameras.look_at_origin(between, elevation)
+    resolution = {name: value for name, value in options.items() if name == "resolution"}
     for asset in assets:
         vertices, faces, colors = load_mesh(asset)
         views = render(vertices, faces, colors, ring, size)
@@ -68,7 +69,7 @@ def evaluate_reconstruction(assets: Iterable[Asset], num_views: int = 12, elevat
                                           render(vertices, faces, colors, around, size, shade=False).masks).mean())
         yield ReconstructionScore(asset.id, asset.object, seconds, len(mesh.faces), mesh.is_watertight,
                                   float(psnr(*pictures).mean()), float(ssim(*pictures).mean()), *map(float, overlap),
-                                  float(cross_render_psnr(views, ring, **options).median()))
+                                  float(cross_render_psnr(views, ring, **resolution).median()))
 
 
 def _reconstruction(arguments: argparse.Namespace) -> None:
@@ -77,7 +78,8 @@ def _reconstruction(arguments: argparse.Namespace) -> None:
     print(f"{'object':24}", *(f"{n:>10}" for n in names))
     scores = []
     for score in evaluate_reconstruction(assets, arguments.num_views, arguments.elevation, arguments.size,
-                                         resolution=arguments.resolution, max_faces=arguments.max_faces):
+                                         resolution=arguments.resolution, max_faces=arguments.max_faces,
+                                         texture_size=arguments.texture_size or None):
         scores.append(asdict(score))
         print(f"{(score.object or score.id)[:24]:24}", *(f"{float(scores[-1][n]):10.3f}" for n in names), flush=True)
     for label, of in (("median", statistics.median), ("worst tenth", lambda v: statistics.quantiles(v, n=10)[0])):
@@ -108,7 +110,8 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--elevation", type=float, default=ELEVATION)
     verb.add_argument("--size", type=int, default=256, help="pixels a side of the views")
     verb.add_argument("--resolution", type=int, default=128)
-    verb.add_argument("--max-faces", type=int, default=20_000)
+    verb.add_argument("--max-faces", type=int, default=10_000)
+    verb.add_argument("--texture-size", type=int, default=1024, help="pixels a side; 0 for vertex colours alone")
     verb.add_argument("--json", default=None, help="file for the scores of every asset")
     verb.set_defaults(run=_reconstruction)
     verb = verbs.add_parser("autoencoder", help="held-out rendered views => latents => views")

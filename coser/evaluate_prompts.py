@@ -20,7 +20,7 @@ from coser.cameras import Cameras
 from coser.consistency import CONSISTENCY, fused_views
 from coser.metrics import psnr, render_mesh, sharpness, silhouette_iou
 from coser.pipeline import CoSERPipeline, MultiviewStep
-from coser.reconstruction import Mesh, reconstruct
+from coser.reconstruction import QUICK, Mesh, reconstruct
 from coser.views import ViewSet, views_to_uint8
 
 VERB = "prompts"
@@ -55,7 +55,7 @@ def evaluate_prompts(pipeline: CoSERPipeline, prompts: Iterable[str], seed: int 
         began = time.perf_counter()
         result = pipeline(prompt, generator=torch.Generator().manual_seed(seed), **arguments)
         views, cameras = result.views.to("cpu"), result.cameras.to("cpu")
-        mesh = reconstruct(views, cameras)
+        mesh = reconstruct(views, cameras, **QUICK)
         seconds = time.perf_counter() - began
         seen = render_mesh(mesh, cameras, views.views.shape[-1])
         own_psnr = psnr(seen.on_background(), views.on_background())

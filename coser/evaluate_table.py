@@ -28,7 +28,7 @@ from coser.evaluate_prompts import SMALL, contact_sheet, sheet_row
 from coser.judge import ViewJudge, is_janus, load_judge, nearest_distances, ring_embedding
 from coser.metrics import psnr, render_mesh, sharpness, silhouette_iou
 from coser.pipeline import CoSERPipeline
-from coser.reconstruction import reconstruct
+from coser.reconstruction import QUICK, reconstruct
 from coser.stopwatch import Watch
 from coser.views import ViewSet, views_to_uint8
 
@@ -121,7 +121,7 @@ def read_index(folder: Path) -> dict[str, dict]:
 def geometry_figures(views: ViewSet, cameras: Cameras) -> tuple[dict[str, float], ViewSet]:
     """How well a ring agrees with itself, and what its mesh is like: name => figure; and the mesh from its cameras."""
     began = time.perf_counter()
-    mesh = reconstruct(views, cameras)
+    mesh = reconstruct(views, cameras, **QUICK)
     seconds = time.perf_counter() - began
     seen = render_mesh(mesh, cameras, views.views.shape[-1])
     crossed = agreement.cross_render(views, cameras)
@@ -321,7 +321,7 @@ def draw_sheet(rings: list[Ring], path: Path) -> None:
     for ring in rings:
         views, cameras = load_ring(ring.path)
         try:
-            mesh = reconstruct(views, cameras)
+            mesh = reconstruct(views, cameras, **QUICK)
         except ValueError:
             mesh = None
         rows.append((ring.captions[0], sheet_row(views, mesh)))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coser.cameras import Cameras
-from coser.rasterizer import render
+from coser.rasterizer import render, render_textured
 from coser.reconstruction import Mesh
 from coser.views import ViewSet
 
@@ -57,9 +57,15 @@ def sharpness(views: ViewSet) -> Tensor:
 
 
 def render_mesh(mesh: Mesh, cameras: Cameras, size: int) -> ViewSet:
-    """A reconstructed mesh seen by N cameras at size x size, in its own colours (they carry the views' shading)."""
-    vertices, faces = torch.from_numpy(mesh.vertices), torch.from_numpy(mesh.faces)
-    return render(vertices, faces, torch.from_numpy(mesh.vertex_colors)[faces], cameras.to("cpu"), size, shade=False)
+    """A reconstructed mesh seen by N cameras at size x size, in its own colours (they carry the views' shading): those
+    of its texture where it has one, else those of its vertices."""
+    vertices, faces, cameras = torch.from_numpy(mesh.vertices), torch.from_numpy(mesh.faces), cameras.to("cpu")
+    if mesh.texture is not None:
+        texture = torch.from_numpy(mesh.texture).float() / 255
+        return render_textured(vertices, faces, torch.from_numpy(mesh.uvs), texture, cameras, size)
+    if mesh.vertex_colors is None:
+        raise ValueError("mesh must have a texture or vertex_colors to be drawn, got neither")
+    return render(vertices, faces, torch.from_numpy(mesh.vertex_colors)[faces], cameras, size, shade=False)
 
 
 def _same_shape(a: Tensor, b: Tensor) -> None:

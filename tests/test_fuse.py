@@ -21,7 +21,8 @@ SIZE = 128
 
 
 def rebuilt(solid, cameras=RING, size=SIZE, **options):
-    return reconstruct(render(*solid, cameras, size), cameras, **{"resolution": 80, "max_faces": 6000, **options})
+    options = {"resolution": 80, "max_faces": 6000, "texture_size": None, **options}
+    return reconstruct(render(*solid, cameras, size), cameras, **options)
 
 
 @pytest.mark.parametrize("solid", [cube(0.5), sphere(0.7, 24), table()], ids=["cube", "sphere", "table"])

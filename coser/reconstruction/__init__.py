@@ -16,10 +16,13 @@ from coser.reconstruction.fuse import fuse
 from coser.reconstruction.glb import save_glb
 from coser.reconstruction.mesh import Mesh, keep_parts, simplify
 from coser.reconstruction.normals import with_normals
+from coser.reconstruction.texture import bake_texture
 from coser.views import ViewSet
 
-__all__ = ["Mesh", "Surface", "SurfaceStep", "find_surface", "finish", "reconstruct", "save_glb", "stream_surface"]
+__all__ = ["QUICK", "Mesh", "Surface", "SurfaceStep", "find_surface", "finish", "reconstruct", "save_glb",
+           "stream_surface"]
 
+QUICK = {"max_faces": 20_000, "texture_size": None}  # options where a mesh is only looked at, never handed out
 SPECK = 4.0  # voxels; parts that span less are noise
 # Mean IoU of a mesh with the views it was made of. Views of a real object give .97 and more.
 CONTRADICTION = 0.93
@@ -52,9 +55,10 @@ class SurfaceStep:
     surface: Surface | None = None
 
 
-def reconstruct(views: ViewSet, cameras: Cameras, *, resolution: int = 128, max_faces: int = 20_000) -> Mesh:
+def reconstruct(views: ViewSet, cameras: Cameras, *, resolution: int = 128, max_faces: int = 10_000,
+                texture_size: int | None = 1024) -> Mesh:
     """Posed views, generated, rendered or photographed => one closed, coloured mesh: `finish` of `find_surface`."""
-    return finish(find_surface(views, cameras, resolution), max_faces=max_faces)
+    return finish(find_surface(views, cameras, resolution), max_faces=max_faces, texture_size=texture_size)
 
 
 def find_surface(views: ViewSet, cameras: Cameras, resolution: int = 128) -> Surface:
@@ -92,12 +96,14 @@ def stream_surface(views: ViewSet, cameras: Cameras, resolution: int = 128) -> I
     yield SurfaceStep(1, 1, "Surface found", Surface(mesh, voxel, views, cameras))
 
 
-def finish(surface: Surface, *, max_faces: int = 20_000) -> Mesh:
-    """Surface => mesh with at most `max_faces` triangles (more only where keeping the budget would tear it), normals
-    and vertex colours."""
-    mesh = simplify(surface.mesh, max_faces)
-    colors = color_vertices(mesh, surface.views, surface.cameras, TOLERANCE * surface.voxel)
-    return with_normals(replace(mesh, vertex_colors=colors))
+def finish(surface: Surface, *, max_faces: int = 10_000, texture_size: int | None = 1024) -> Mesh:
+    """Surface => mesh with at most `max_faces` triangles (more only where keeping the budget would tear it), normals,
+    uvs and a texture of `texture_size` pixels a side; without one (None) in vertex colours alone, which is quicker."""
+    mesh = with_normals(simplify(surface.mesh, max_faces))
+    tolerance = TOLERANCE * surface.voxel
+    if texture_size is None:
+        return replace(mesh, vertex_colors=color_vertices(mesh, surface.views, surface.cameras, tolerance))
+    return bake_texture(mesh, surface.views, surface.cameras, texture_size, tolerance)
 
 
 def _carved_or_agreed(views: ViewSet, cameras: Cameras, resolution: int) -> tuple[Mesh, float]:

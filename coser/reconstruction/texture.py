@@ -1,0 +1,221 @@
+"""A base-colour texture from posed views: the squarest view of a place decides, unseen places ask their neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.sparse import coo_matrix, diags
+from scipy.sparse.csgraph import connected_components
+from scipy.sparse.linalg import spsolve
+from torch import Tensor
+
+from coser.cameras import Cameras
+from coser.rasterizer import covered_pixels, rasterize
+from coser.reconstruction.mesh import Mesh
+from coser.reconstruction.normals import with_normals
+from coser.reconstruction.unwrap import unwrap
+from coser.views import ViewSet
+
+SQUARENESS = 8.0  # a view's weight is cos^8 of the angle between ray and normal: the squarest view wins
+MIN_COS = 0.05
+MOST_VIEWS = 4  # a place is coloured by this many views at most
+RASTER_SIZE = 512  # pixels a side at least, of the pictures that say which view sees what
+JUMP = 0.02  # world units between neighbouring pixels' depths, on top of what a slope explains: one hides the other
+EDGE_TRUST = 1e-2  # what a view says of places beside its silhouettes and depth edges, against inside
+SEEN = 1e-8  # total weight below which neighbours on the surface join in
+DILATION = 8  # texels
+CHUNK = 1 << 20  # texels at a time
+
+
+@dataclass(frozen=True)
+class Texels:
+    """P texels that lie on the mesh: row, column [P], their face [P] and where on it, as weights [P,3] of its corners."""
+
+    row: Tensor
+    column: Tensor
+    face: Tensor
+    weights: Tensor
+
+
+def bake_texture(mesh: Mesh, views: ViewSet, cameras: Cameras, texture_size: int, tolerance: float = 0.02) -> Mesh:
+    """The mesh with uvs, a texture of `texture_size` pixels a side, and vertex colours read off the same views.
+
+    views: N >= 1 square views, with or without depths; cameras: their N perspective cameras. tolerance: how far (world
+    units) a view's depth usually lies from the mesh where it sees it; places that a view saw elsewhere count less.
+    Raises ValueError when no view sees any of the mesh.
+    """
+    if mesh.normals is None:
+        mesh = with_normals(mesh)
+    uvs = unwrap(mesh, texture_size)
+    texels = texels_of(torch.from_numpy(uvs), texture_size)
+    views, cameras = views.to("cpu"), cameras.to("cpu")
+    pairs, pictures = visible_faces(mesh, views, cameras, tolerance)
+    colors, trust = sample_views(mesh, texels, pairs, pictures, cameras)
+    vertex_colors = spread_colors(mesh, texels, colors, trust)
+    own = torch.einsum("pk,pkc->pc", texels.weights, torch.from_numpy(vertex_colors[mesh.faces])[texels.face])
+    share = trust / (trust + SEEN)
+    colors = torch.lerp(own, colors, share[:, None])
+    texture = padded(texels, colors, texture_size)
+    return replace(mesh, uvs=uvs, texture=texture, vertex_colors=vertex_colors)
+
+
+def texels_of(uvs: Tensor, texture_size: int) -> Texels:
+    """uvs [F,3,2] => the texels whose centres lie on a face; a face too small for any gets the texel at its middle,
+    unless that belongs to another."""
+    corners = uvs.double() * texture_size
+    face, row, column = covered_pixels(corners, texture_size)
+    taken = torch.zeros(texture_size, texture_size, dtype=torch.bool)
+    taken[row, column] = True
+    small = torch.bincount(face, minlength=len(uvs)) == 0
+    middle = corners[small].mean(1).long().clamp(0, texture_size - 1)
+    free = ~taken[middle[:, 1], middle[:, 0]]
+    face = torch.cat([face, small.nonzero()[:, 0][free]])
+    row, column = torch.cat([row, middle[free, 1]]), torch.cat([column, middle[free, 0]])
+    weights = _plane_weights(corners)[face]
+    place = torch.stack([column + 0.5, row + 0.5, torch.ones_like(row)], -1).float()
+    weights = torch.einsum("pij,pj->pi", weights, place).clamp(0, 1)
+    return Texels(row, column, face, weights / weights.sum(1, keepdim=True).clamp_min(1e-9))
+
+
+def _plane_weights(corners: Tensor) -> Tensor:
+    """Corners [F,3,2] in pixels => [F,3,3]: times (x, y, 1), a pixel's barycentric weights; thirds where degenerate."""
+    a, b, c = corners.unbind(1)
+    ab, ac = b - a, c - a
+    area = ab[:, 0] * ac[:, 1] - ab[:, 1] * ac[:, 0]
+    flat = area.abs() < 1e-9
+    area = torch.where(flat, 1.0, area)[:, None]
+    second = torch.stack([ac[:, 1], -ac[:, 0], ac[:, 0] * a[:, 1] - ac[:, 1] * a[:, 0]], 1) / area
+    third = torch.stack([-ab[:, 1], ab[:, 0], ab[:, 1] * a[:, 0] - ab[:, 0] * a[:, 1]], 1) / area
+    first = -second - third
+    first[:, 2] += 1
+    weights = torch.stack([first, second, third], 1)
+    weights[flat] = torch.tensor([0.0, 0, 1 / 3], dtype=weights.dtype)
+    return weights.float()
+
+
+def visible_faces(mesh: Mesh, views: ViewSet, cameras: Cameras, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Which views see which faces [F,N], and the views as pictures [N,5,R,R]: colour, un-premultiplied; how far it is
+    to be trusted; and 1 / depth of the mesh."""
+    size = views.views.shape[-1]
+    side = size * max(1, -(-RASTER_SIZE // size))
+    fragments = rasterize(torch.from_numpy(mesh.vertices), torch.from_numpy(mesh.faces), cameras, side)
+    view = torch.arange(len(cameras))[:, None, None].expand_as(fragments.faces)
+    hit = fragments.faces >= 0
+    pairs = torch.zeros(len(mesh.faces), len(cameras), dtype=torch.bool)
+    pairs[fragments.faces[hit], view[hit]] = True
+    nearness = torch.where(hit, 1 / fragments.depths.clamp_min(1e-6), 0.0)[:, None]
+    trust = edge_trust(nearness, views, tolerance, cameras)
+    colors, masks = (F.interpolate(t, (side, side), mode="bilinear") for t in (views.views, views.masks))
+    colors = colors / masks.clamp_min(1e-3)
+    return pairs, torch.cat([colors, trust, nearness], 1)
+
+
+def edge_trust(nearness: Tensor, views: ViewSet, tolerance: float, cameras: Cameras) -> Tensor:
+    """[N,1,R,R] in [0,1]: 0 where a view does not show the mesh, EDGE_TRUST beside edges, 1 two pixels inside."""
+    side, size = nearness.shape[-1], views.views.shape[-1]
+    reach = side // size  # raster pixels a pixel of the views
+    window = 2 * reach + 1
+    near, far = F.max_pool2d(nearness, 3, 1, 1), -F.max_pool2d(-nearness, 3, 1, 1)
+    # a plane's nearness is linear: the bend of it tells edges from slopes
+    bend = (near + far - 2 * nearness).abs()
+    edge = bend > JUMP * nearness.square()
+    masks = F.interpolate(views.masks, (side, side), mode="bilinear")
+    edge = edge | (nearness == 0) | (masks < 0.98)
+    inside = 1 - F.max_pool2d(edge.float(), window, 1, reach)
+    inside = F.avg_pool2d(inside, window, 1, reach) * inside
+    trust = torch.where((nearness > 0) & (masks > 0.5), EDGE_TRUST + inside, 0.0)
+    if bool((views.depths > 0).any()):
+        depths = F.interpolate(views.depths, (side, side), mode="nearest")
+        off = torch.where(nearness > 0, (depths - 1 / nearness.clamp_min(1e-6)).abs() / tolerance, 0.0)
+        trust = trust * torch.where(depths > 0, torch.exp(-(off / 2).square()) * (off < 6), 0.0)
+    return trust
+
+
+def sample_views(mesh: Mesh, texels: Texels, pairs: Tensor, pictures: Tensor,
+                 cameras: Cameras) -> tuple[Tensor, Tensor]:
+    """Texels => colours [P,3] and the weight [P] of the views that see them."""
+    vertices, normals = torch.from_numpy(mesh.vertices[mesh.faces]), torch.from_numpy(mesh.normals)
+    side = pictures.shape[-1]
+    middle = vertices.mean(1)
+    facing = F.normalize(torch.cross(vertices[:, 1] - vertices[:, 0], vertices[:, 2] - vertices[:, 0], dim=-1), dim=-1)
+    cosine = (F.normalize(cameras.centers[:, None] - middle, dim=-1) * facing).sum(-1).T
+    rank = torch.where(pairs & (cosine > MIN_COS), cosine, -1.0)
+    best = rank.topk(min(MOST_VIEWS, len(cameras)), 1)
+    chosen = torch.zeros_like(pairs).scatter_(1, best.indices, best.values > 0)
+    points = torch.einsum("pk,pkc->pc", texels.weights, vertices[texels.face])
+    normal = F.normalize(torch.einsum("pk,pkc->pc", texels.weights, normals[texels.face]), dim=-1)
+    colors, trust = torch.zeros_like(points), points.new_zeros(len(points))
+    for view in range(len(cameras)):
+        for index in chosen[texels.face, view].nonzero()[:, 0].split(CHUNK):
+            point = points[index]
+            uv, depth = (t[0] for t in cameras[view].project(point))
+            picture = F.grid_sample(pictures[view:view + 1], (uv * 2 - 1)[None, None], align_corners=False)[0, :, 0]
+            cos = (F.normalize(cameras.centers[view] - point, dim=-1) * normal[index]).sum(-1).clamp_min(0)
+            pixel = depth * (2 / (cameras.focal * side))
+            behind = depth - 1 / picture[4].clamp_min(1e-6)
+            weight = (cos**SQUARENESS + 1e-6) * picture[3] * (behind < 2 * pixel + 1e-3)
+            colors[index] += weight[:, None] * picture[:3].T
+            trust[index] += weight
+    return colors / trust.clamp_min(1e-20)[:, None], trust
+
+
+def spread_colors(mesh: Mesh, texels: Texels, colors: Tensor, trust: Tensor) -> np.ndarray:
+    """Texels' colours => vertices' [V,3] float32: the mean around a vertex where views see that, else as smooth a
+    continuation along the surface as there is."""
+    count = len(mesh.vertices)
+    seen = trust > SEEN
+    if not bool(seen.any()):
+        raise ValueError("views do not see the mesh: no texel is visible in any view")
+    share = (texels.weights[seen]**3).numpy().ravel().astype(np.float64)
+    vertex = mesh.faces[texels.face[seen].numpy()].ravel()
+    mass = np.bincount(vertex, share, count)
+    sums = np.stack([np.bincount(vertex, share * colors[seen, k].numpy().repeat(3), count) for k in range(3)], -1)
+    known = mass > 1e-3
+    values = sums / np.maximum(mass, 1e-9)[:, None]
+    if not known.all():
+        values = _harmonic(mesh, values, known)
+    return values.clip(0, 1).astype(np.float32)
+
+
+def _harmonic(mesh: Mesh, values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Values [V,C] with the unknown ones the weighted means of their neighbours; parts without any known take the mean
+    of all known."""
+    count = len(mesh.vertices)
+    edges = mesh.edges()
+    length = np.linalg.norm(mesh.vertices[edges[:, 0]] - mesh.vertices[edges[:, 1]], axis=1)
+    links = coo_matrix((1 / np.maximum(length, 1e-6), tuple(edges.T)), (count, count))
+    links = (links + links.T).tocsr()
+    values = np.where(known[:, None], values, values[known].mean(0))
+    _, part = connected_components(links, directed=False)
+    asked = ~known & (np.bincount(part, known)[part] > 0)
+    if asked.any():
+        rows = links[asked]
+        system = diags(np.asarray(rows.sum(1)).ravel()) - rows[:, asked]
+        values[asked] = spsolve(system.tocsc(), rows[:, known] @ values[known]).reshape(-1, values.shape[1])
+    return values
+
+
+def padded(texels: Texels, colors: Tensor, texture_size: int) -> np.ndarray:
+    """Colours [P,3] in [0,1] at their texels, continued over the gaps => texture uint8 [S,S,3]."""
+    picture = torch.zeros(1, 4, texture_size, texture_size)
+    picture[0, :3, texels.row, texels.column] = colors.T
+    picture[0, 3, texels.row, texels.column] = 1
+    for _ in range(DILATION):  # nothing of another chart comes near
+        around = F.avg_pool2d(picture, 3, 1, 1)
+        picture = torch.where(picture[:, 3:] > 0, picture, around / around[:, 3:].clamp_min(1e-9))
+        picture[:, 3] = (picture[:, 3] > 0).float()
+    picture = _pull_push(picture)
+    return (picture[0, :3].clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+
+
+def _pull_push(picture: Tensor) -> Tensor:
+    """Colour and coverage [1,4,S,S] => colour everywhere, from ever coarser pictures where none is."""
+    if picture.shape[-1] < 2 or bool((picture[:, 3] > 0).all()):
+        return picture
+    coarse = F.avg_pool2d(torch.cat([picture[:, :3] * picture[:, 3:], picture[:, 3:]], 1), 2, ceil_mode=True)
+    coarse = torch.cat([coarse[:, :3] / coarse[:, 3:].clamp_min(1e-9), (coarse[:, 3:] > 0).float()], 1)
+    below = F.interpolate(_pull_push(coarse), picture.shape[-2:], mode="nearest")
+    return torch.where(picture[:, 3:] > 0, picture, below)
