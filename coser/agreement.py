@@ -13,16 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.spatial import cKDTree
 from torch import Tensor
 
 from coser.cameras import Cameras, pixel_centers
 from coser.metrics import psnr, render_mesh, silhouette_iou, ssim
 from coser.reconstruction import QUICK, Mesh, reconstruct
 from coser.reconstruction.maps import pixel_size, surface_points
+from coser.surface_metrics import sample_surface, surface_distances
 from coser.views import ViewSet, views_to_uint8
 
-CANDIDATES = 8  # triangles tried for a point's nearest one: those of the nearest samples and middles
 HULL_RADIUS = 1.3  # of the sphere in which hulls are looked for; objects lie in the unit sphere, hulls are larger
 COARSE, FINE = 32, 10  # depths a ray, and depths a coarse one where it may touch the hull
 # SIFT about as Yu et al. run it (COLMAP, edge threshold 30, ratio 0.8, matches that hold both ways), for pictures with
@@ -92,20 +91,9 @@ def chamfer_distance(mesh: Mesh, other: Mesh, samples: int = 20_000, seed: int =
     them, so that equal surfaces are nearly 0 apart however they are cut into triangles.
     """
     (points, faces), (other_points, other_faces) = (sample_surface(m, samples, seed) for m in (mesh, other))
-    there = _surface_distances(points, other, other_points, other_faces)
-    back = _surface_distances(other_points, mesh, points, faces)
+    there, _ = surface_distances(points, other, other_points, other_faces)
+    back, _ = surface_distances(other_points, mesh, points, faces)
     return float(there.mean() + back.mean()) / 2
-
-
-def sample_surface(mesh: Mesh, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """`count` points drawn evenly over a mesh's area, [count,3] float64, and their faces' numbers [count]."""
-    generator = np.random.default_rng(seed)
-    a, b, c = mesh.vertices.astype(np.float64)[mesh.faces].swapaxes(0, 1)
-    areas = np.linalg.norm(np.cross(b - a, c - a), axis=1).cumsum()
-    faces = np.searchsorted(areas, generator.random(count) * areas[-1], side="right").clip(max=len(areas) - 1)
-    u, v = generator.random((2, count, 1))
-    u, v = np.where(u + v > 1, (1 - u, 1 - v), (u, v))
-    return a[faces] + u * (b - a)[faces] + v * (c - a)[faces], faces
 
 
 def leave_one_out_hull_iou(views: ViewSet, cameras: Cameras, resolution: int = 96) -> Tensor:
@@ -241,27 +229,6 @@ def _pictures(mesh: Mesh, views: ViewSet, cameras: Cameras, which) -> tuple[Tens
     """The mesh at some of the cameras, and those views, on white."""
     seen = render_mesh(mesh, cameras[which], views.views.shape[-1])
     return seen.on_background(), views[which].on_background().float().cpu()
-
-
-def _surface_distances(points: np.ndarray, mesh: Mesh, samples: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Distances [P] of points [P,3] from a mesh, of which samples [M,3] on its faces [M] are known."""
-    triangles = mesh.vertices.astype(np.float64)[mesh.faces]
-    known = np.concatenate([samples, triangles.mean(1)])  # small triangles may have no sample, large ones have many
-    faces = np.concatenate([faces, np.arange(len(triangles))])
-    _, near = cKDTree(known).query(points, min(CANDIDATES, len(known)))
-    return _triangle_distances(points[:, None], triangles[faces[near.reshape(len(points), -1)]]).min(1)
-
-
-def _triangle_distances(points: np.ndarray, triangles: np.ndarray) -> np.ndarray:
-    """Points [...,3] and triangles [...,3,3] => distances [...]: to the plane above the inside, else to an edge."""
-    edges = np.roll(triangles, -1, -2) - triangles
-    to_points = points[..., None, :] - triangles
-    normals = np.cross(edges[..., 0, :], edges[..., 1, :])
-    inside = ((np.cross(edges, to_points) * normals[..., None, :]).sum(-1) > 0).all(-1)
-    height = np.abs((to_points[..., 0, :] * normals).sum(-1)) / np.linalg.norm(normals, axis=-1).clip(1e-30)
-    along = (to_points * edges).sum(-1) / (edges * edges).sum(-1).clip(1e-30)
-    to_edges = np.linalg.norm(to_points - along.clip(0, 1)[..., None] * edges, axis=-1)
-    return np.where(inside, height, to_edges.min(-1))
 
 
 def _hull_covers(view: int, uv: Tensor, masks: Tensor, nearby: Tensor, cameras: Cameras) -> Tensor:
