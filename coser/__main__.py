@@ -1,4 +1,4 @@
-"""The command line: `python -m coser "a red barrel" -o barrel.glb`."""
+"""The command line: `python -m coser "a red barrel" -o barrel.glb`, or `--views FOLDER` for views of one's own."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from coser.request import GenerationRequest
-from coser.studio import SMALL, GenerationUpdate, Studio, file_name, log_to_terminal
+from coser.own_views import PosedViews, load_views
+from coser.reconstruction.exports import FORMATS, export
+from coser.request import (COLORING, ELEVATION, MAX_FACES, ORIGINS, TEXTURE_SIZES, AssetOptions, GenerationRequest)
+from coser.sessions import file_name
+from coser.studio import SMALL, RunUpdate, Studio, log_to_terminal
 
 DEFAULTS = GenerationRequest(prompt="a red barrel")
+ASSET = AssetOptions()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,55 +22,100 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     log_to_terminal()
     try:
-        request = GenerationRequest(
-            prompt=args.prompt, num_views=args.num_views, guidance_scale=args.guidance_scale,
-            num_inference_steps=args.num_inference_steps, elevation=args.elevation, seed=args.seed,
-            randomize_seed=args.randomize_seed, consistency=args.consistency,
-            negative_prompt=args.negative_prompt).with_drawn_seed()
-        output = output_path(args.output, request)
-    except ValueError as error:
+        options = AssetOptions(args.max_faces, args.texture_size, args.coloring, args.origin, args.longest_side)
+        work = own_views(args) if args.views else request(args)
+        output = output_path(args.output, work)
+    except (ValueError, OSError) as error:
         print(f"coser: {error}", file=sys.stderr)
         return 2
     try:
-        done = show(Studio(args.checkpoint, args.device).generate(request, output))
+        studio = Studio(args.checkpoint, args.device)
+        if isinstance(work, PosedViews):
+            updates = studio.rebuild(work, args.views.stem, output, options=options)
+        else:
+            updates = studio.generate(work, output, options=options)
+        done = show(updates)
+        asset = done.asset
+        others = [export(name, asset.mesh, asset.surface.views, asset.surface.cameras,
+                         output.with_name(f"{output.stem}{FORMATS[name].suffix}")) for name in args.also]
     except (ValueError, OSError) as error:
         print(f"\ncoser: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ncoser: interrupted, nothing was written", file=sys.stderr)
         return 130
-    print(done.glb)
+    print(*[done.glb, *others], sep="\n")
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments; their defaults are GenerationRequest's."""
+    """The arguments; their defaults are those of GenerationRequest and AssetOptions."""
     arguments = argparse.ArgumentParser(
-        prog="python -m coser", description="Turn a sentence into a 3D asset: a GLB, its views and a run file.")
-    arguments.add_argument("prompt", help='what to make, for example "a red barrel"')
+        prog="python -m coser", description="Turn a sentence, or views of one's own, into a 3D asset: a GLB, its views "
+        "and a run file.")
+    arguments.add_argument("prompt", nargs="?", help='what to make, for example "a red barrel"')
+    arguments.add_argument("--views", type=Path, help="instead of a prompt: a folder or zip of pictures, with a "
+                           "transforms.json (NeRF convention) or a closed ring in the order of their names")
     arguments.add_argument("-o", "--output", type=Path, help="the GLB to write (default: named after the prompt); the "
                            "views (.png) and the settings (.json) are written beside it")
-    arguments.add_argument("--num-views", type=int, default=DEFAULTS.num_views, help="4 to 24 (default %(default)s)")
-    arguments.add_argument("--guidance-scale", type=float, default=DEFAULTS.guidance_scale,
-                           help="how strictly to follow the prompt, 1 to 12 (default %(default)s)")
-    arguments.add_argument("--num-inference-steps", type=int, default=DEFAULTS.num_inference_steps,
-                           help="1 to 50 (default %(default)s)")
-    arguments.add_argument("--elevation", type=float, default=DEFAULTS.elevation,
-                           help="the cameras' height in degrees, 0 to 30 (default %(default)s)")
-    arguments.add_argument("--seed", type=int, default=DEFAULTS.seed, help="same seed, same asset (%(default)s)")
-    arguments.add_argument("--randomize-seed", action="store_true", help="draw a new seed; the run file tells which")
-    arguments.add_argument("--consistency", type=float, default=DEFAULTS.consistency,
-                           help="how much of the views to replace by the object they make together, at some "
-                           "steps, 0 to 1 (default %(default)s)")
-    arguments.add_argument("--negative-prompt", default=DEFAULTS.negative_prompt, help="what to keep away from")
-    arguments.add_argument("--checkpoint", default=SMALL, help="a folder in diffusers layout (the shipped one)")
-    arguments.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    drawing = arguments.add_argument_group("drawing")
+    drawing.add_argument("--num-views", type=int, help=f"4 to 24 (default {DEFAULTS.num_views}); with --views: how "
+                         "many there must be")
+    drawing.add_argument("--guidance-scale", type=float, default=DEFAULTS.guidance_scale,
+                         help="how strictly to follow the prompt, 1 to 12 (default %(default)s)")
+    drawing.add_argument("--num-inference-steps", type=int, default=DEFAULTS.num_inference_steps,
+                         help="1 to 50 (default %(default)s)")
+    drawing.add_argument("--elevation", type=float, help="the cameras' height in degrees, 0 to 30 (default "
+                         f"{ELEVATION:g}); with --views: that of a ring without transforms.json, any")
+    drawing.add_argument("--seed", type=int, default=DEFAULTS.seed, help="same seed, same asset (%(default)s)")
+    drawing.add_argument("--randomize-seed", action="store_true", help="draw a new seed; the run file tells which")
+    drawing.add_argument("--consistency", type=float, default=DEFAULTS.consistency,
+                         help="how much of the views to replace by the object they make together, at some "
+                         "steps, 0 to 1 (default %(default)s)")
+    drawing.add_argument("--mixers", nargs="*", default=DEFAULTS.mixers, metavar="MIXER",
+                         help=f"the modules between views that work (default: {' '.join(DEFAULTS.mixers)})")
+    drawing.add_argument("--negative-prompt", default=DEFAULTS.negative_prompt, help="what to keep away from")
+    drawing.add_argument("--checkpoint", default=SMALL, help="a folder in diffusers layout (the shipped one)")
+    drawing.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    asset = arguments.add_argument_group("asset")
+    asset.add_argument("--max-faces", type=int, default=ASSET.max_faces,
+                       help=f"triangles, {MAX_FACES[0]} to {MAX_FACES[1]} (default %(default)s)")
+    asset.add_argument("--texture-size", type=int, default=ASSET.texture_size,
+                       help=f"pixels a side, one of {', '.join(map(str, TEXTURE_SIZES))} (default %(default)s)")
+    asset.add_argument("--coloring", default=ASSET.coloring,
+                       help=f"where the colours are, one of {', '.join(COLORING)} (default %(default)s)")
+    asset.add_argument("--origin", default=ASSET.origin,
+                       help=f"what lies at (0, 0, 0), one of {', '.join(ORIGINS)} (default %(default)s)")
+    asset.add_argument("--longest-side", type=float, default=ASSET.longest_side,
+                       help="of the object's box, metres (default %(default)s)")
+    asset.add_argument("--also", nargs="+", default=[], choices=[name for name in FORMATS if name != "glb"],
+                       help="more formats to write beside the GLB")
     return arguments
 
 
-def output_path(output: Path | None, request: GenerationRequest) -> Path:
+def request(args: argparse.Namespace) -> GenerationRequest:
+    """What the arguments ask to draw, its seed decided; ValueError names what is wrong."""
+    if args.prompt is None:
+        raise ValueError("prompt must be given, or --views with a folder or zip of pictures")
+    return GenerationRequest(
+        prompt=args.prompt, num_views=DEFAULTS.num_views if args.num_views is None else args.num_views,
+        guidance_scale=args.guidance_scale, num_inference_steps=args.num_inference_steps,
+        elevation=DEFAULTS.elevation if args.elevation is None else args.elevation, seed=args.seed,
+        randomize_seed=args.randomize_seed, consistency=args.consistency,
+        negative_prompt=args.negative_prompt, mixers=tuple(args.mixers)).with_drawn_seed()
+
+
+def own_views(args: argparse.Namespace) -> PosedViews:
+    """The views that the arguments name, read; ValueError or OSError says what is wrong with them."""
+    if args.prompt is not None:
+        raise ValueError(f"prompt must not be given together with --views, got {args.prompt!r}")
+    return load_views(args.views, num_views=args.num_views, elevation=args.elevation)
+
+
+def output_path(output: Path | None, work: GenerationRequest | PosedViews) -> Path:
     """Where the GLB goes; ValueError for a name that does not end in .glb or a folder that does not exist."""
-    path = output or Path(file_name(request.prompt, request.seed))
+    named = file_name(work.prompt, work.seed) if isinstance(work, GenerationRequest) else "views.glb"
+    path = output or Path(named)
     if path.suffix.lower() != ".glb":
         raise ValueError(f"output must end in .glb, got {path}")
     if not path.absolute().parent.is_dir():
@@ -74,7 +123,7 @@ def output_path(output: Path | None, request: GenerationRequest) -> Path:
     return path
 
 
-def show(updates: Iterator[GenerationUpdate]) -> GenerationUpdate:
+def show(updates: Iterator[RunUpdate]) -> RunUpdate:
     """Print a note on its own line and the updates as they come, on one line where a terminal can rewrite it.
 
     Returns the last update.

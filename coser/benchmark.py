@@ -252,8 +252,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.exit(2, f"coser.benchmark: {error}\n")
     if args.training:
-        device = studio.choose_device(args.device)[0]
-        stage, figures = measure_training(args.preset, device, studio.choose_dtype(device)[0])
+        device = choose_device(args.device)[0]
+        stage, figures = measure_training(args.preset, device, choose_dtype(device)[0])
         report.stages.append(stage)
         report.figures.update(figures)
     print(table(report, args.markdown))

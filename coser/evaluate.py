@@ -1,4 +1,4 @@
-"""Measures the product: `python -m coser.evaluate reconstruction|autoencoder|prompts|table`; each has its --help."""
+"""Measures the product: `python -m coser.evaluate VERB`; `--help` lists the verbs, each has its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from coser import evaluate_prompts, evaluate_table
+from coser import evaluate_mixers, evaluate_prompts, evaluate_table
 from coser.agreement import cross_render_psnr
 from coser.cameras import ELEVATION, Cameras
 from coser.data.assets import Asset, list_assets, load_mesh
@@ -123,6 +123,9 @@ def parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(evaluate_prompts.VERB, help="prompts => views => mesh, and a contact sheet")
     evaluate_prompts.add_options(verb)
     verb.set_defaults(run=evaluate_prompts.run)
+    verb = verbs.add_parser(evaluate_mixers.VERB, help="the same seed with each mixer switched off")
+    evaluate_mixers.add_options(verb)
+    verb.set_defaults(run=evaluate_mixers.run)
     verb = verbs.add_parser(evaluate_table.VERB, help="all figures of quality, beside true and shuffled renders")
     evaluate_table.add_options(verb)
     verb.set_defaults(run=evaluate_table.run)

@@ -18,7 +18,8 @@ from pathlib import Path
 from PIL import Image
 
 from coser.request import GenerationRequest
-from coser.studio import SMALL, TILE, GenerationUpdate, Studio, file_name, log_to_terminal
+from coser.sessions import file_name
+from coser.studio import SMALL, TILE, RunUpdate, Studio, log_to_terminal
 
 MAX_FACES = 10_000  # half of a run's budget: twelve examples lie in every clone of the repository
 QUALITY = 85  # of the WebP: an eighteenth of the PNG, and hard to tell from it
@@ -93,7 +94,7 @@ def make_examples(studio: Studio, requests: Iterable[GenerationRequest], folder:
                 path.unlink(missing_ok=True)
 
 
-def _smaller(done: GenerationUpdate, checkpoint: str, weights_sha256: str) -> tuple[Path, Path, Path]:
+def _smaller(done: RunUpdate, checkpoint: str, weights_sha256: str) -> tuple[Path, Path, Path]:
     """A finished run's files as an example's: the settings come last, so that an example that is listed is whole."""
     views = done.glb.with_suffix(".webp")
     with Image.open(done.glb.with_suffix(".png")) as grid:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from coser.cameras import ELEVATION
 from coser.consistency import CONSISTENCY as DEFAULT_CONSISTENCY
+from coser.models.unet import MIXERS
 from coser.pipeline import ELEVATIONS, NUM_VIEWS
 
 PROMPT_LENGTH = (1, 300)  # characters; the pipeline reads the first 64 tokens, so hardly a word of these is lost
@@ -29,7 +30,8 @@ class GenerationRequest:
     prompt: 1 to 300 characters after trimming. num_views: 4 to 24, a closed ring. guidance_scale: 1 to 12.
     num_inference_steps: 1 to 50. elevation: 0 to 30 degrees. seed: 0 to 2**31 - 1; with `randomize_seed` it is drawn
     anew and the drawn one is reported back. consistency: 0 to 1, how much of the views is replaced by the object
-    that they make together, at some steps. negative_prompt: at most 300 characters.
+    that they make together, at some steps. negative_prompt: at most 300 characters. mixers: the modules between views
+    that work, some of adjacent, trajectory, glance and rectification; those left out are switched off.
     """
 
     prompt: str
@@ -41,6 +43,7 @@ class GenerationRequest:
     randomize_seed: bool = False
     consistency: float = DEFAULT_CONSISTENCY
     negative_prompt: str = ""
+    mixers: tuple[str, ...] = MIXERS
 
     def __post_init__(self):
         checked = {
@@ -52,6 +55,7 @@ class GenerationRequest:
             "seed": _whole("seed", self.seed, *SEED),
             "consistency": _number("consistency", self.consistency, *CONSISTENCY),
             "negative_prompt": _text("negative_prompt", self.negative_prompt, 0, PROMPT_LENGTH[1]),
+            "mixers": _some_of("mixers", self.mixers, MIXERS),
         }
         if not isinstance(self.randomize_seed, bool):
             raise ValueError(f"randomize_seed must be true or false, got {_shown(self.randomize_seed)}")
@@ -96,6 +100,12 @@ def _one_of(name: str, value: object, allowed: tuple) -> object:
     if not found:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {_shown(value)}")
     return found[0]
+
+
+def _some_of(name: str, values: object, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    if not isinstance(values, (tuple, list)) or any(value not in allowed for value in values):
+        raise ValueError(f"{name} must be some of {', '.join(allowed)}, got {_shown(values)}")
+    return tuple(name for name in allowed if name in values)
 
 
 def _text(name: str, value: object, shortest: int, longest: int) -> str:

@@ -1,4 +1,4 @@
-"""What the app, the command line and the API do: one request becomes streamed view grids, a GLB and a run file."""
+"""What app, command line and API do: a request, or views, become streamed view grids, a GLB and a run file."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import logging
 import math
 import platform
 import re
-import shutil
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 
 import diffusers
@@ -23,11 +20,17 @@ import torch.nn.functional as F
 from PIL import Image
 
 from coser import __version__
+from coser.cameras import Cameras
 from coser.consistency import fused_views
+from coser.devices import choose_device, choose_dtype
+from coser.finishing import FinishedAsset, finish_asset
 from coser.models.ssm import scan_backend
+from coser.models.unet import MIXERS
+from coser.own_views import PosedViews
 from coser.pipeline import CoSERPipeline, MultiviewStep
-from coser.reconstruction import Mesh, reconstruct, save_glb
-from coser.request import GenerationRequest
+from coser.reconstruction import stream_surface
+from coser.reconstruction.exports import export
+from coser.request import AssetOptions, GenerationRequest
 from coser.views import ViewSet, picture_grid, views_to_uint8
 from coser.vocabulary import load_vocabulary, sentence_embedder
 
@@ -35,18 +38,20 @@ log = logging.getLogger("coser")
 
 SMALL = Path(__file__).parent / "checkpoints" / "small"
 HUB_ID = r"[\w.-]+/[\w.-]+"
-KEPT_SECONDS = 4 * 3600  # how long a visitor's files lie ready: a page may stay open for days
 TILE = 256  # pixels a side of one view in the grid, so that previews and the result cover the same place on the screen
+GRID_VIEWS = 24  # a grid of visitors' own views shows at most so many of them, spread evenly
+SURFACE_SHARE = 0.6  # of what comes after the views: finding the surface; the rest is triangles, texture and files
 
 
 @dataclass(frozen=True)
-class GenerationUpdate:
+class RunUpdate:
     """One moment of a run.
 
     stage: "waiting", "denoising", "reconstructing", "done" or "stopped". step of total: denoising steps finished.
     percent: 0 to 100 of the whole run. seconds_left: an estimate, None while there is nothing to estimate from.
-    picture: the grid of views so far, None before the first step. glb, run_file: paths, set when "done".
-    note: from when the run has its turn, what to tell the visitor about the prompt; "" when there is nothing to say.
+    seed: None where nothing is drawn. picture: the grid of views so far, None before there are any. glb, run_file:
+    paths, and asset, all set when "done". note: from when the run has its turn, what to tell the visitor about the
+    prompt or the views; "" when there is nothing to say.
     """
 
     stage: str
@@ -54,11 +59,12 @@ class GenerationUpdate:
     total: int
     percent: int
     seconds_left: float | None
-    seed: int
+    seed: int | None
     message: str
     picture: Image.Image | None = None
     glb: Path | None = None
     run_file: Path | None = None
+    asset: FinishedAsset | None = None
     note: str = ""
 
     def status(self) -> dict:
@@ -72,8 +78,8 @@ class Studio:
     """One loaded pipeline and the lane that serialises its runs.
 
     checkpoint: a folder in diffusers layout (or a hub id). device: "cpu", "cuda", ...; None takes CUDA where there is
-    one. The first log line says what was decided and why. Any number of threads may call `generate`: runs wait for
-    each other, since they share the weights and the processor, and nothing else is shared.
+    one. The first log line says what was decided and why. Any number of threads may start runs: they wait for each
+    other, since they share the weights and the processor, and nothing else is shared.
     """
 
     def __init__(self, checkpoint: str | Path = SMALL, device: str | None = None):
@@ -86,7 +92,7 @@ class Studio:
         self.pipeline = CoSERPipeline.from_pretrained(checkpoint).to(self.device, self.dtype)
         self.vocabulary = load_vocabulary(checkpoint, sentence_embedder(self.pipeline))  # None: it has not been told
         self.lane = threading.Lock()
-        self._finish_seconds = 2.0  # what reconstruction took last time; the first run's estimate starts from this
+        self._finish_seconds = 4.0  # what reconstruction took last time; the first run's estimate starts from this
         source = "the shipped one" if Path(checkpoint) == SMALL else "as asked"
         scan = scan_backend(self.device)
         scan_reason = "mamba_ssm's kernels load" if scan == "triton" else "no CUDA with triton and mamba_ssm"
@@ -95,49 +101,130 @@ class Studio:
                  checkpoint, source, time.perf_counter() - began)
 
     def generate(self, request: GenerationRequest, glb: Path, should_stop: Callable[[], bool] = lambda: False,
-                 **options: int) -> Iterator[GenerationUpdate]:
+                 options: AssetOptions = AssetOptions()) -> Iterator[RunUpdate]:
         """Draw the views, build the mesh, write `glb` and, beside it, the views (.png) and the run's settings (.json).
 
-        Yields an update at once, one with the starting noise, one after every denoising step, one when reconstruction
-        starts and one at the end.
-        `should_stop` is asked between steps; a stopped run ends with stage "stopped" and writes nothing. `options` go
-        to `reconstruct`. Raises ValueError when the views hold nothing that a mesh could be made of.
+        Yields an update at once, one with the starting noise, one after every denoising step, some while the mesh is
+        built and one at the end. `should_stop` is asked between them; a stopped run ends with stage "stopped" and
+        writes nothing. Raises ValueError when the views hold nothing that a mesh could be made of.
         """
-        run = _Run(request.with_drawn_seed(), self._finish_seconds)
+        request = request.with_drawn_seed()
+        yield from self._in_turn(_Run(request.num_inference_steps, self._finish_seconds, request.seed), should_stop,
+                                 lambda run: self._generate(run, request, Path(glb), should_stop, options))
+
+    def rebuild(self, posed: PosedViews, title: str, glb: Path, should_stop: Callable[[], bool] = lambda: False,
+                options: AssetOptions = AssetOptions()) -> Iterator[RunUpdate]:
+        """Build a mesh from one's own posed views; files, updates, stopping and errors as in `generate`.
+
+        title: what the views are called in the files, such as the name of the folder that they came from.
+        """
+        yield from self._in_turn(_Run(0, self._finish_seconds, None), should_stop,
+                                 lambda run: self._rebuild(run, posed, title, Path(glb), should_stop, options))
+
+    def refine(self, asset: FinishedAsset, run_file: Path, glb: Path, should_stop: Callable[[], bool] = lambda: False,
+               options: AssetOptions = AssetOptions()) -> Iterator[RunUpdate]:
+        """Make an asset again with other options, from its surface and its views; `run_file` is what it came with.
+
+        glb: where the new one goes, with its settings (.json) beside it.
+        """
+        yield from self._in_turn(_Run(0, self._finish_seconds, None), should_stop,
+                                 lambda run: self._refine(run, asset, run_file, Path(glb), options))
+
+    def _in_turn(self, run: "_Run", should_stop: Callable[[], bool],
+                 work: Callable[["_Run"], Iterator[RunUpdate]]) -> Iterator[RunUpdate]:
         yield run.update("waiting", "Waiting for the run before this one" if self.lane.locked() else "Starting")
         while not self.lane.acquire(timeout=0.2):
             if should_stop():
                 yield run.stopped()
                 return
         try:  # released however the run ends, also when the reader goes away in the middle
-            yield from self._generate(run, Path(glb), should_stop, options)
+            if should_stop():  # asked while this run waited for its turn
+                yield run.stopped()
+            else:
+                yield from work(run)
         finally:
             self.lane.release()
 
-    def _generate(self, run: "_Run", glb: Path, should_stop: Callable[[], bool],
-                  options: dict[str, int]) -> Iterator[GenerationUpdate]:
-        if should_stop():  # asked while this run waited for its turn
-            yield run.stopped()
-            return
+    def _generate(self, run: "_Run", request: GenerationRequest, glb: Path, should_stop: Callable[[], bool],
+                  options: AssetOptions) -> Iterator[RunUpdate]:
         last = None
-        run.note = self.vocabulary.nearest(run.request.prompt).note if self.vocabulary else ""
-        run.picture = grid(self._starting_noise(run.request))
+        run.note = self.vocabulary.nearest(request.prompt).note if self.vocabulary else ""
+        run.picture = grid(self._starting_noise(request))
         yield run.update("denoising", "Starting from noise")
-        for step in self._stream(run.request):
+        for step in self._stream(request):
             last = step
             run.count(step, grid(step.views))
             yield run.update("denoising", f"Drawing the views, step {step.index} of {step.total}")
             if should_stop():
                 yield run.stopped()
                 return
-        yield run.update("reconstructing", "Building the mesh from the views")
+        record = {"title": request.prompt, "settings": asdict(request)} | self._origin(with_model=True)
+        yield from self._build(run, last.views, last.cameras, record, glb, should_stop, options)
+
+    def _rebuild(self, run: "_Run", posed: PosedViews, title: str, glb: Path, should_stop: Callable[[], bool],
+                 options: AssetOptions) -> Iterator[RunUpdate]:
+        count = len(posed.views)
+        run.note = " ".join(posed.notes)
+        shown = torch.linspace(0, count - 1, min(count, GRID_VIEWS)).round().long()
+        run.picture = grid(posed.views[shown])
+        record = {"title": title, "own_views": {"count": count, "notes": list(posed.notes)}}
+        yield from self._build(run, posed.views.to(self.device), posed.cameras.to(self.device),
+                               record | self._origin(with_model=False), glb, should_stop, options)
+
+    def _build(self, run: "_Run", views: ViewSet, cameras: Cameras, record: dict, glb: Path,
+               should_stop: Callable[[], bool], options: AssetOptions) -> Iterator[RunUpdate]:
         began = time.perf_counter()
-        mesh = reconstruct(last.views, last.cameras, **options)
-        run_file = self._write(run, mesh, last.views, glb, time.perf_counter() - began)
+        for step in stream_surface(views, cameras):
+            run.finished = SURFACE_SHARE * step.index / step.total
+            yield run.update("reconstructing", step.message)
+            if should_stop():
+                yield run.stopped()
+                return
+        run.finished = SURFACE_SHARE
+        yield run.update("reconstructing", "Making triangles and colours")
+        asset = finish_asset(step.surface, options)
+        record |= {"seconds": {"steps": [round(s, 3) for s in run.step_seconds],
+                               "reconstruct": round(time.perf_counter() - began, 3)}}
+        glb.parent.mkdir(parents=True, exist_ok=True)
+        run.picture.save(glb.with_suffix(".png"))
+        yield self._done(run, asset, record, glb)
         self._finish_seconds = time.perf_counter() - began
+
+    def _refine(self, run: "_Run", asset: FinishedAsset, run_file: Path, glb: Path,
+                options: AssetOptions) -> Iterator[RunUpdate]:
+        run.finished = SURFACE_SHARE
+        yield run.update("reconstructing", "Making triangles and colours from the same views")
+        record = json.loads(run_file.read_text("utf-8"))
+        yield self._done(run, finish_asset(asset.surface, options), record, glb)
+
+    def _done(self, run: "_Run", asset: FinishedAsset, record: dict, glb: Path) -> RunUpdate:
         seconds = time.perf_counter() - run.began
-        message = f"Done in {seconds:.0f} s: {len(mesh.faces):,} triangles, seed {run.request.seed}"
-        yield replace(run.update("done", message), percent=100, seconds_left=0.0, glb=glb, run_file=run_file)
+        mesh = asset.mesh
+        record["seconds"]["total"] = round(seconds, 3)
+        record |= {"asset": asdict(asset.options), "placement": {"scale": asset.scale, "offset": list(asset.offset)},
+                   "mesh": {"vertices": len(mesh.vertices), "faces": len(mesh.faces),
+                            "texture": 0 if mesh.texture is None else len(mesh.texture)}}
+        told = ("title", "settings", "own_views", "asset", "placement", "versions")
+        extras = {key: record[key] for key in told if key in record}
+        if "settings" in record:
+            settings = record["settings"]
+            extras |= {"prompt": settings["prompt"], "seed": settings["seed"],
+                       "checkpoint": Path(record["checkpoint"]).name}
+        export("glb", mesh, None, None, glb, extras=extras)
+        run_file = glb.with_suffix(".json")
+        run_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        seed = "" if run.seed is None else f", seed {run.seed}"
+        painted = "colours at the vertices" if mesh.texture is None else f"texture of {len(mesh.texture)} pixels"
+        message = f"Done in {seconds:.0f} s: {len(mesh.faces):,} triangles, {painted}{seed}"
+        return replace(run.update("done", message), percent=100, seconds_left=0.0, glb=glb, run_file=run_file,
+                       asset=asset)
+
+    def _origin(self, with_model: bool) -> dict:
+        """What a run file says about what made it."""
+        versions = {"coser": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__,
+                    "python": platform.python_version()}
+        model = {"checkpoint": self.checkpoint, "dtype": str(self.dtype).removeprefix("torch.")} if with_model else {}
+        return {"versions": versions, "device": str(self.device)} | model
 
     def _starting_noise(self, request: GenerationRequest) -> ViewSet:
         """What the noise that the run starts from looks like: on the screen before the first step is done."""
@@ -150,34 +237,25 @@ class Studio:
             request.prompt, num_views=request.num_views, elevation=request.elevation,
             guidance_scale=request.guidance_scale, num_inference_steps=request.num_inference_steps,
             negative_prompt=request.negative_prompt, generator=generator_of(request), consistency=request.consistency,
-            fuse=fused_views)
+            fuse=fused_views, mixers=self._mixers(request))
 
-    def _write(self, run: "_Run", mesh: Mesh, views: ViewSet, glb: Path, reconstruct_seconds: float) -> Path:
-        settings = asdict(run.request)
-        versions = {"coser": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__,
-                    "python": platform.python_version()}
-        glb.parent.mkdir(parents=True, exist_ok=True)
-        save_glb(mesh, glb, extras={"prompt": run.request.prompt, "seed": run.request.seed, "settings": settings,
-                                    "versions": versions, "checkpoint": Path(self.checkpoint).name})
-        grid(views).save(glb.with_suffix(".png"))
-        record = {
-            "settings": settings, "versions": versions, "checkpoint": self.checkpoint, "device": str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "seconds": {"steps": [round(s, 3) for s in run.step_seconds], "reconstruct": round(reconstruct_seconds, 3),
-                        "total": round(time.perf_counter() - run.began, 3)},
-            "mesh": {"vertices": len(mesh.vertices), "faces": len(mesh.faces)},
-        }
-        run_file = glb.with_suffix(".json")
-        run_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        return run_file
+    def _mixers(self, request: GenerationRequest) -> tuple[str, ...] | None:
+        """The checkpoint's mixers without those that the request leaves out; None: all of them."""
+        if request.mixers == MIXERS:
+            return None
+        return tuple(name for name in self.pipeline.unet.config.mixers if name in request.mixers or name not in MIXERS)
 
 
 class _Run:
-    """The clock of one run: which step it is at, what steps take, what is left."""
+    """The clock of one run: which step it is at, what steps take, what is left.
 
-    def __init__(self, request: GenerationRequest, finish_seconds: float):
-        self.request, self.finish_seconds = request, finish_seconds
+    total: denoising steps to come. finish_seconds: what building the mesh will take, as far as is known.
+    """
+
+    def __init__(self, total: int, finish_seconds: float, seed: int | None):
+        self.total, self.finish_seconds, self.seed = total, finish_seconds, seed
         self.step = 0
+        self.finished = 0.0  # of building the mesh, 0 to 1
         self.picture: Image.Image | None = None
         self.note = ""
         self.step_seconds: list[float] = []
@@ -189,21 +267,23 @@ class _Run:
         self.step_seconds.append(now - self.mark)
         self.mark = now
 
-    def update(self, stage: str, message: str) -> GenerationUpdate:
-        total = self.request.num_inference_steps
+    def update(self, stage: str, message: str) -> RunUpdate:
         left = None
         if self.step_seconds:
             steady = self.step_seconds[1:] or self.step_seconds  # the first also pays for the text and for warming up
-            left = statistics.median(steady) * (total - self.step) + self.finish_seconds
-        percent = math.floor(100 * self.step / (total + 1))  # the mesh counts as one step more
-        return GenerationUpdate(stage, self.step, total, percent, left, self.request.seed, message,
-                                self.picture, note=self.note)
+            left = statistics.median(steady) * (self.total - self.step) + self.finish_seconds * (1 - self.finished)
+        elif self.finished:  # views that were there: what has passed tells what is left
+            left = (time.perf_counter() - self.began) * (1 - self.finished) / self.finished
+        percent = math.floor(100 * (self.step + self.finished) / (self.total + 1))  # the mesh counts as one step more
+        return RunUpdate(stage, self.step, self.total, percent, left, self.seed, message, self.picture, note=self.note)
 
-    def stopped(self) -> GenerationUpdate:
-        total = self.request.num_inference_steps
-        kept = "The last views stay; no model was made." if self.step else "Nothing was drawn yet."
-        update = self.update("stopped", f"Stopped at step {self.step} of {total}. {kept}")
-        return replace(update, seconds_left=None)
+    def stopped(self) -> RunUpdate:
+        if self.total:
+            where = f"Stopped at step {self.step} of {self.total}."
+            kept = "The last views stay; no model was made." if self.step else "Nothing was drawn yet."
+        else:
+            where, kept = "Stopped.", "No new model was made."
+        return replace(self.update("stopped", f"{where} {kept}"), seconds_left=None)
 
 
 def generator_of(request: GenerationRequest) -> torch.Generator:
@@ -225,47 +305,3 @@ def log_to_terminal() -> None:
     log.setLevel(logging.INFO)
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
-
-
-def choose_device(device: str | None) -> tuple[torch.device, str]:
-    """The device to run on and why; ValueError when CUDA is asked for and missing."""
-    if device is None:
-        found = torch.cuda.is_available()
-        return torch.device("cuda" if found else "cpu"), "CUDA found" if found else "no CUDA here"
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be one that this machine has, got {device!r} without CUDA; cpu is allowed")
-    return torch.device(device), "as asked"
-
-
-def choose_dtype(device: torch.device) -> tuple[torch.dtype, str]:
-    """The weights' dtype on a device and why: bfloat16 where it is the quick one, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16, "CUDA"
-    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16, "the processor has AMX"
-    return torch.float32, "no quick bfloat16 here"
-
-
-def file_name(prompt: str, seed: int) -> str:
-    """A GLB's name that a person recognises in a downloads folder: "a-red-barrel-7.glb"."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-")
-    return f"{words or 'asset'}-{seed}.glb"
-
-
-def session_folder(root: Path, session: str) -> Path:
-    """One visitor's folder under `root`, made when missing; named by a hash, for session names come from outside."""
-    folder = root / sha256(session.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def run_folder(session: Path) -> Path:
-    """A new folder for one run of a session."""
-    return Path(tempfile.mkdtemp(prefix="run-", dir=session))
-
-
-def remove_old_runs(root: Path, seconds: float = KEPT_SECONDS) -> None:
-    """Delete the runs, of all sessions under `root`, that are older than `seconds`."""
-    for folder in root.glob("*/run-*"):
-        if time.time() - folder.stat().st_mtime > seconds:
-            shutil.rmtree(folder, ignore_errors=True)

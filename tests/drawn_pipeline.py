@@ -5,14 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
-import pygltflib
 import torch
 import torch.nn.functional as F
 import trimesh
 
 from coser.cameras import Cameras
+from coser.models.unet import MIXERS
 from coser.pipeline import MultiviewStep
 from coser.rasterizer import render
 from coser.views import ViewSet
@@ -30,6 +31,8 @@ class DrawnPipeline:
     def __init__(self):
         self.open = self.most_open = 0
         self.count = threading.Lock()
+        self.mixers: tuple[str, ...] | None = None  # of the last stream
+        self.unet = SimpleNamespace(config=SimpleNamespace(mixers=MIXERS))
 
     def to(self, *args, **kwargs) -> "DrawnPipeline":
         return self
@@ -42,7 +45,8 @@ class DrawnPipeline:
 
     def stream(self, prompt: str, *, num_views: int, elevation: float, guidance_scale: float, num_inference_steps: int,
                negative_prompt: str, generator: torch.Generator, consistency: float = 0.0,
-               fuse=None) -> Iterator[MultiviewStep]:
+               fuse=None, mixers: tuple[str, ...] | None = None) -> Iterator[MultiviewStep]:
+        self.mixers = mixers
         with self.count:
             self.open += 1
             self.most_open = max(self.most_open, self.open)
@@ -68,10 +72,12 @@ def box_views(prompt: str, cameras: Cameras) -> ViewSet:
 
 
 def mean_color(glb: str | Path) -> np.ndarray:
-    """The mean of a GLB's vertex colours, [3] in linear light."""
-    gltf = pygltflib.GLTF2().load(str(glb))
-    view = gltf.bufferViews[gltf.accessors[gltf.meshes[0].primitives[0].attributes.COLOR_0].bufferView]
-    return np.frombuffer(gltf.binary_blob(), "<f4", view.byteLength // 4, view.byteOffset).reshape(-1, 3).mean(0)
+    """The mean of a GLB's texture where its corners lie, or of its vertex colours: [3] in [0,1]."""
+    mesh = trimesh.load(glb, force="mesh", process=False)
+    visual = mesh.visual.to_color() if mesh.visual.kind == "texture" and mesh.visual.uv is not None else mesh.visual
+    if visual.kind != "vertex":  # trimesh keeps COLOR_0 as an attribute where there is a material
+        return mesh.visual.vertex_attributes["color"][:, :3].mean(0) / 255
+    return visual.vertex_colors[:, :3].mean(0) / 255
 
 
 def welded(glb: str | Path) -> trimesh.Trimesh:

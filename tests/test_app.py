@@ -8,19 +8,23 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from drawn_pipeline import NOTHING, DrawnPipeline, mean_color, welded
-from gradio_client import Client
+import torch
+import trimesh
+from drawn_pipeline import NOTHING, DrawnPipeline, box_views, mean_color, welded
 from gradio import SelectData
 from gradio.exceptions import Error
+from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
 import app
+from coser.cameras import Cameras
 from coser.examples import load_examples
 from coser.pipeline import CoSERPipeline
 from coser.studio import Studio
 
-QUICK = {"num_views": 6, "num_inference_steps": 3, "randomize_seed": False, "api_name": "/generate"}
+ASSET = {"max_faces": 500, "texture_size": 512}
+QUICK = {"num_views": 6, "num_inference_steps": 3, "randomize_seed": False, "api_name": "/generate"} | ASSET
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +62,63 @@ def test_a_prompt_alone_is_enough_for_the_api(client):
     parameters = client.view_api(return_format="dict")["named_endpoints"]["/generate"]["parameters"]
     assert [p["parameter_name"] for p in parameters] == [
         "prompt", "num_views", "guidance_scale", "num_inference_steps", "elevation", "seed", "randomize_seed",
-        "consistency"]
+        "consistency", "mixers", *ASSET, "coloring", "origin", "longest_side"]
     assert all(p["parameter_has_default"] for p in parameters[1:])
 
 
-def test_generate_is_the_only_endpoint(client):
-    assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/generate"]
+def test_the_endpoints_are_what_the_page_does(client):
+    assert list(client.view_api(return_format="dict")["named_endpoints"]) == [
+        "/generate", "/reconstruct", "/refine", "/export"]
+
+
+def test_an_object_is_made_again_and_exported_without_drawing(visitor, monkeypatch):
+    client = visitor()
+    first = client.predict("a red box", **QUICK)[3]
+    monkeypatch.delattr(DrawnPipeline, "stream")
+    status, glb = client.predict(max_faces=900, texture_size=512, longest_side=2.0, api_name="/refine")
+    assert status["stage"] == "done" and Path(glb).name == Path(first).name
+    again = welded(glb)
+    assert 500 < len(again.faces) <= 900 and again.extents.max() == pytest.approx(2.0, abs=1e-4)
+    stl = trimesh.load(client.predict("stl", api_name="/export"))
+    assert len(stl.faces) == len(again.faces) and stl.extents.max() == pytest.approx(2000.0, abs=0.1)
+
+
+@pytest.mark.parametrize("call, said", [
+    ({"api_name": "/refine"}, "Make an object first"), ({"format": "obj", "api_name": "/export"}, "object first"),
+    ({"max_faces": 5, "api_name": "/refine"}, "max_faces|Minimum|less than"),
+    ({"files": [], "elevation": 20, "api_name": "/reconstruct"}, "Choose pictures"),
+])
+def test_what_cannot_be_done_yet_ends_in_a_message(visitor, call, said, capfd):
+    with pytest.raises(AppError, match=said):
+        visitor().predict(**call)
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+@pytest.fixture(scope="module")
+def ring(tmp_path_factory):
+    """A folder with six pictures of a blue box, cut out."""
+    folder = tmp_path_factory.mktemp("ring")
+    views = box_views("a blue box", Cameras.orbit(6))
+    straight = views.views / views.masks.clamp_min(1e-3)
+    for i, picture in enumerate(torch.cat([straight, views.masks], 1).permute(0, 2, 3, 1)):
+        Image.fromarray((picture * 255).round().byte().numpy()).save(folder / f"view-{i}.png")
+    return folder
+
+
+def test_pictures_of_ones_own_become_an_asset(visitor, ring):
+    files = [handle_file(path) for path in sorted(ring.iterdir())]
+    picture, status, glb = visitor().predict(files, 20, **ASSET, api_name="/reconstruct")
+    assert status["stage"] == "done" and Image.open(picture).width > 700
+    assert welded(glb).is_watertight and mean_color(glb).argmax() == 2
+
+
+def test_a_broken_picture_ends_in_a_message_that_names_it(visitor, ring, tmp_path, capfd):
+    broken = tmp_path / "view-6.png"
+    broken.write_bytes((ring / "view-0.png").read_bytes()[:200])
+    files = [handle_file(path) for path in [*sorted(ring.iterdir()), broken]]
+    with pytest.raises(AppError, match="view-6.png"):
+        visitor().predict(files, 20, **ASSET, api_name="/reconstruct")
+    assert "Traceback" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("wrong, named", [
@@ -109,7 +164,8 @@ def choose(desk, index):
 
 def test_a_chosen_example_fills_the_fields_with_what_it_was_made_from(desk):
     for index, example in enumerate(desk.examples):
-        prompt, *settings, status, views, model, download = choose(desk, index)
+        prompt, *settings, status, views, model, download, other, refine, prepare = choose(desk, index)
+        assert other is None and not refine.interactive and not prepare.interactive
         assert app.checked(prompt, *settings) == example.request
         assert (views, model) == (str(example.views), str(example.glb))
         assert Path(download.value["path"]).read_bytes() == example.glb.read_bytes()

@@ -5,14 +5,18 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import trimesh
-from drawn_pipeline import NOTHING, DrawnPipeline
+from drawn_pipeline import NOTHING, DrawnPipeline, box_views, mean_color, welded
+from PIL import Image
 
 from coser.__main__ import main
+from coser.cameras import Cameras
 from coser.pipeline import CoSERPipeline
 from coser.vocabulary import Verdict
 
-QUICK = ["--num-views", "6", "--num-inference-steps", "3", "--checkpoint", "tests/drawn"]
+QUICK = ["--num-views", "6", "--num-inference-steps", "3", "--checkpoint", "tests/drawn",
+         "--max-faces", "500", "--texture-size", "512"]
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +28,7 @@ def drawn(monkeypatch, tmp_path):
 def test_a_prompt_becomes_a_glb_and_its_path_is_all_that_stdout_says(capsys, tmp_path):
     assert main(["a red box", "-o", "box.glb", *QUICK]) == 0
     out, err = capsys.readouterr()
-    assert out == "box.glb\n" and trimesh.load(tmp_path / "box.glb", force="mesh").is_watertight
+    assert out == "box.glb\n" and welded(tmp_path / "box.glb").is_watertight
     assert "step 3 of 3" in err and "s left" in err and "100 %" in err and "Traceback" not in err
 
 
@@ -48,6 +52,8 @@ def test_without_an_output_the_glb_is_named_after_prompt_and_drawn_seed(capsys, 
 @pytest.mark.parametrize("arguments, named", [
     ([""], "prompt"), (["a box", "--num-views", "3"], "num_views"), (["a box", "-o", "box.obj"], "output"),
     (["a box", "-o", "missing/box.glb"], "output"), (["a box", "--elevation", "31"], "elevation"),
+    ([], "prompt"), (["a box", "--views", "."], "prompt"), (["a box", "--max-faces", "3"], "max_faces"),
+    (["a box", "--texture-size", "77"], "texture_size"), (["a box", "--origin", "moon"], "origin"),
 ])
 def test_wrong_arguments_exit_with_2_and_one_line_that_names_them(arguments, named, capsys):
     assert main(arguments) == 2
@@ -62,7 +68,27 @@ def test_what_cannot_be_made_exits_with_1_and_a_message(arguments, capsys, tmp_p
     assert main(arguments) == 1
     out, err = capsys.readouterr()
     assert out == "" and "coser: " in err and "Traceback" not in err
-    assert not list(tmp_path.glob("*.glb"))
+    assert not list(tmp_path.glob("*.glb")) and not list(tmp_path.glob(".*"))
+
+
+def test_views_of_ones_own_become_an_asset_in_several_formats(capsys, tmp_path):
+    (tmp_path / "ring").mkdir()
+    views = box_views("a blue box", Cameras.orbit(6, 10.0))
+    for i, picture in enumerate(views.on_background().permute(0, 2, 3, 1)):
+        Image.fromarray((picture * 255).round().byte().numpy()).save(tmp_path / "ring" / f"{i}.png")
+    assert main(["--views", "ring", "--elevation", "10", "-o", "mine.glb", "--also", "stl", "ply", "--longest-side",
+                 "0.1", *QUICK[4:]]) == 0
+    out, err = capsys.readouterr()
+    assert out.split() == ["mine.glb", "mine.stl", "mine.ply"] and "Traceback" not in err
+    assert trimesh.load(tmp_path / "mine.stl").extents.max() == pytest.approx(100.0, abs=0.01)
+    assert welded(tmp_path / "mine.glb").is_watertight and mean_color(tmp_path / "mine.glb").argmax() == 2
+
+
+def test_a_folder_without_pictures_exits_with_2_and_one_line(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert main(["--views", "empty"]) == 2 and main(["--views", "nowhere"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("coser: ") == 2 and err.count("\n") == 2 and "Traceback" not in err
 
 
 def test_an_interrupt_exits_with_130_and_leaves_no_file(monkeypatch, capsys, tmp_path):

@@ -15,12 +15,16 @@ from drawn_pipeline import NOTHING, DrawnPipeline, box_views, mean_color, welded
 
 from coser.cameras import Cameras
 from coser.pipeline import CoSERPipeline
+from coser.models.unet import MIXERS
+from coser.own_views import PosedViews
 from coser.request import AssetOptions, GenerationRequest
-from coser.studio import TILE, Studio, file_name, grid, remove_old_runs, run_folder, session_folder
+from coser.sessions import (current_run, file_name, remove_old_runs, run_folder, session_folder, set_current_run)
+from coser.studio import TILE, Studio, grid
 from coser.views import ViewSet
 from coser.vocabulary import Verdict
 
 REQUEST = GenerationRequest("a red box", num_views=6, num_inference_steps=3)
+QUICK = AssetOptions(max_faces=500, texture_size=512)
 
 
 @pytest.fixture
@@ -37,6 +41,7 @@ def studio(monkeypatch):
     ("elevation", float("nan"), "0 to 30"), ("elevation", -1, "0 to 30"), ("seed", -1, "0 to 2147483647"),
     ("seed", float("inf"), "0 to 2147483647"), ("seed", 2**31, "0 to 2147483647"),
     ("randomize_seed", 1, "true or false"), ("consistency", 1.1, "0 to 1"), ("consistency", "much", "0 to 1"),
+    ("mixers", ("adjacent", "spoon"), "adjacent, trajectory, glance, rectification"), ("mixers", "glance", "adjacent"),
 ])
 def test_wrong_request_names_argument_and_what_is_allowed(name, value, allowed):
     with pytest.raises(ValueError, match=f"^{name} must .*{allowed}.*got") as error:
@@ -62,9 +67,9 @@ def test_whole_numbers_that_arrive_as_floats_are_taken():
 
 
 def test_a_run_streams_every_step_then_the_mesh_then_is_done(studio, tmp_path):
-    updates = list(studio.generate(REQUEST, tmp_path / "box.glb"))
-    assert [u.stage for u in updates] == ["waiting", *["denoising"] * 4, "reconstructing", "done"]
-    assert [u.step for u in updates] == [0, 0, 1, 2, 3, 3, 3]
+    updates = list(studio.generate(REQUEST, tmp_path / "box.glb", options=QUICK))
+    assert [u.stage for u in updates] == ["waiting", *["denoising"] * 4, *["reconstructing"] * 3, "done"]
+    assert [u.step for u in updates] == [0, 0, 1, 2, 3, 3, 3, 3, 3]
     percents = [u.percent for u in updates]
     assert percents == sorted(percents) and percents[0] == 0 and percents[-2] < 100 and percents[-1] == 100
     assert all(u.seconds_left >= 0 for u in updates[2:])
@@ -74,15 +79,16 @@ def test_a_run_streams_every_step_then_the_mesh_then_is_done(studio, tmp_path):
 
 
 def test_done_means_a_watertight_coloured_glb_that_tells_how_it_was_made(studio, tmp_path):
-    done = list(studio.generate(REQUEST, tmp_path / "box.glb"))[-1]
+    done = list(studio.generate(REQUEST, tmp_path / "box.glb", options=QUICK))[-1]
     mesh = welded(done.glb)
-    assert mesh.is_watertight and len(mesh.faces) > 100
+    assert mesh.is_watertight and 100 < len(mesh.faces) <= 500
     red, green, blue = mean_color(done.glb)
     assert red > 2 * max(green, blue)
     extras = pygltflib.GLTF2().load(str(done.glb)).asset.extras
     assert extras["prompt"] == "a red box" and extras["seed"] == 0 and extras["settings"]["num_views"] == 6
     record = json.loads(done.run_file.read_text())
-    assert GenerationRequest(**record["settings"]) == REQUEST
+    assert GenerationRequest(**record["settings"]) == REQUEST and AssetOptions(**record["asset"]) == QUICK
+    assert AssetOptions(**extras["asset"]) == QUICK and record["mesh"]["texture"] == 512
     assert record["mesh"]["faces"] == len(mesh.faces) and len(record["seconds"]["steps"]) == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["box.glb", "box.json", "box.png"]
 
@@ -132,7 +138,7 @@ def test_runs_at_the_same_time_take_turns_and_keep_their_files_apart(studio, tmp
 
     def visit(color):
         request = replace(REQUEST, prompt=f"a {color} box")
-        done[color] = list(studio.generate(request, tmp_path / color / "box.glb"))[-1]
+        done[color] = list(studio.generate(request, tmp_path / color / "box.glb", options=QUICK))[-1]
 
     visitors = [threading.Thread(target=visit, args=(color,)) for color in ("red", "blue")]
     [v.start() for v in visitors], [v.join() for v in visitors]
@@ -156,7 +162,8 @@ class OneWord:
 
 def test_a_prompt_outside_the_vocabulary_is_drawn_with_a_note_on_every_update(studio, tmp_path):
     studio.vocabulary = OneWord()
-    waiting, *drawn = studio.generate(replace(REQUEST, prompt="a blue violin"), tmp_path / "violin.glb")
+    waiting, *drawn = studio.generate(replace(REQUEST, prompt="a blue violin"), tmp_path / "violin.glb",
+                                     options=QUICK)
     assert waiting.note == "" and drawn[-1].stage == "done" and drawn[-1].glb.is_file()
     assert {update.note for update in drawn} == {update.status()["note"] for update in drawn} == {
         Verdict(False, 0.5, ("box", "crate")).note} and "nearest: box, crate" in drawn[0].note
@@ -164,15 +171,56 @@ def test_a_prompt_outside_the_vocabulary_is_drawn_with_a_note_on_every_update(st
 
 def test_known_words_and_checkpoints_without_a_vocabulary_bring_no_note(studio, tmp_path):
     assert studio.vocabulary is None
-    assert {update.note for update in studio.generate(REQUEST, tmp_path / "box.glb")} == {""}
+    assert {update.note for update in studio.generate(REQUEST, tmp_path / "box.glb", options=QUICK)} == {
+        ""}
     studio.vocabulary = OneWord()
-    assert {update.note for update in studio.generate(REQUEST, tmp_path / "box.glb")} == {""}
+    assert {update.note for update in studio.generate(REQUEST, tmp_path / "box.glb", options=QUICK)} == {
+        ""}
 
 
-def test_options_of_a_run_reach_the_reconstruction(studio, tmp_path):
-    faces = [len(trimesh.load(list(studio.generate(REQUEST, tmp_path / "box.glb", **options))[-1].glb).to_mesh().faces)
-             for options in ({}, {"max_faces": 4000})]
-    assert faces[1] <= 4000 < faces[0]
+def test_a_mixer_that_is_left_out_is_switched_off(studio, tmp_path):
+    for asked, passed in ((MIXERS, None), (["rectification", "adjacent"], ("adjacent", "rectification")), ((), ())):
+        with closing(studio.generate(replace(REQUEST, mixers=asked), tmp_path / "box.glb")) as run:
+            next(run), next(run), next(run)
+        assert studio.pipeline.mixers == passed
+
+
+def test_another_budget_and_coloring_are_made_without_drawing_again(studio, tmp_path, monkeypatch):
+    done = list(studio.generate(REQUEST, tmp_path / "box.glb", options=QUICK))[-1]
+    monkeypatch.delattr(DrawnPipeline, "stream")
+    (tmp_path / "again").mkdir()
+    other = AssetOptions(max_faces=2000, coloring="vertices", longest_side=2.5)
+    updates = list(studio.refine(done.asset, done.run_file, tmp_path / "again" / "box.glb", options=other))
+    assert [u.stage for u in updates] == ["waiting", "reconstructing", "done"]
+    mesh, first = welded(updates[-1].glb), welded(done.glb)
+    assert len(first.faces) <= 500 < len(mesh.faces) <= 2000 and mesh.is_watertight
+    assert first.extents.max() == pytest.approx(1.0, abs=1e-4) and mesh.extents.max() == pytest.approx(2.5, abs=1e-4)
+    record = json.loads(updates[-1].run_file.read_text())
+    assert GenerationRequest(**record["settings"]) == REQUEST and AssetOptions(**record["asset"]) == other
+
+
+def own_views() -> PosedViews:
+    cameras = Cameras.orbit(6)
+    return PosedViews(box_views("a blue box", cameras), cameras, ("Taken to be a ring.",), torch.eye(4), ())
+
+
+def test_views_of_ones_own_become_an_asset_with_a_note(studio, tmp_path):
+    updates = list(studio.rebuild(own_views(), "my box", tmp_path / "mine.glb", options=QUICK))
+    assert [u.stage for u in updates] == ["waiting", *["reconstructing"] * 3, "done"]
+    assert updates[-1].note == "Taken to be a ring." and updates[-1].seed is None
+    assert welded(updates[-1].glb).is_watertight and mean_color(updates[-1].glb).argmax() == 2
+    record = json.loads(updates[-1].run_file.read_text())
+    assert record["title"] == "my box" and record["own_views"]["count"] == 6 and "settings" not in record
+    percents = [u.percent for u in updates]
+    assert percents == sorted(percents) and percents[0] == 0 and percents[-1] == 100
+
+
+def test_building_from_ones_own_views_can_be_stopped_and_writes_nothing(studio, tmp_path):
+    updates = []
+    for update in studio.rebuild(own_views(), "my box", tmp_path / "mine.glb",
+                                 lambda: any(u.stage == "reconstructing" for u in updates)):
+        updates.append(update)
+    assert updates[-1].stage == "stopped" and not list(tmp_path.iterdir()) and not studio.lane.locked()
 
 
 def test_previews_and_results_cover_the_same_picture():
@@ -204,6 +252,19 @@ def test_session_names_cannot_leave_their_root(tmp_path):
         assert session_folder(tmp_path, name).parent == tmp_path
 
 
+def test_the_current_run_is_remembered_until_its_files_are_gone(tmp_path):
+    session = session_folder(tmp_path, "visitor")
+    assert current_run(session) is None
+    run = run_folder(session)
+    set_current_run(session, run)
+    assert current_run(session) == run
+    run.rmdir()
+    assert current_run(session) is None
+    set_current_run(session, None)
+    set_current_run(session, None)
+    assert current_run(session) is None
+
+
 def test_only_old_runs_are_removed(tmp_path):
     old, new = (run_folder(session_folder(tmp_path, "visitor")) for _ in range(2))
     os.utime(old, (0, 0))
@@ -213,4 +274,4 @@ def test_only_old_runs_are_removed(tmp_path):
 
 def test_file_names_are_readable_and_safe():
     assert file_name("A Red, rusty barrel!", 7) == "a-red-rusty-barrel-7.glb"
-    assert file_name("../../赤い", 1) == "asset-1.glb"
+    assert file_name("../../赤い", 1) == "asset-1.glb" and file_name("My photos") == "my-photos.glb"

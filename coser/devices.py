@@ -1,0 +1,24 @@
+"""Where and in which number format a model runs, and why."""
+
+from __future__ import annotations
+
+import torch
+
+
+def choose_device(device: str | None) -> tuple[torch.device, str]:
+    """The device to run on and why; ValueError when CUDA is asked for and missing."""
+    if device is None:
+        found = torch.cuda.is_available()
+        return torch.device("cuda" if found else "cpu"), "CUDA found" if found else "no CUDA here"
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that this machine has, got {device!r} without CUDA; cpu is allowed")
+    return torch.device(device), "as asked"
+
+
+def choose_dtype(device: torch.device) -> tuple[torch.dtype, str]:
+    """The weights' dtype on a device and why: bfloat16 where it is the quick one, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16, "CUDA"
+    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16, "the processor has AMX"
+    return torch.float32, "no quick bfloat16 here"
