@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import struct
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import av
 import trimesh
 
 from coser.cameras import Cameras
@@ -24,6 +28,11 @@ from coser.reconstruction.turntable import SUFFIX_GIF, SUFFIX_MP4, check_gif, ch
 from coser.reconstruction.views_zip import SUFFIX as VIEWS_SUFFIX
 from coser.reconstruction.views_zip import check_views, save_views
 from coser.views import ViewSet
+
+
+# what readers raise at broken files, beside ValueError
+UNREADABLE = (AttributeError, AssertionError, EOFError, LookupError, TypeError, struct.error, zlib.error,
+              zipfile.BadZipFile, av.FFmpegError)
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,10 @@ def export(format: str, mesh: Mesh, views: ViewSet | None, cameras: Cameras | No
         aside = Path(folder) / path.name
         if should_stop() or kind.write(asset, aside) is None:
             return None
-        kind.check(asset, aside)
+        try:
+            kind.check(asset, aside)
+        except UNREADABLE as error:
+            raise ValueError(f"the written file must be readable as {format}, got {error}") from error
         os.replace(aside, path)
     return path
 

@@ -10,16 +10,14 @@ from coser.reconstruction.mesh import Mesh
 PLAIN = 0.7  # brightness of meshes without colours
 CROWD = 5  # candidates for each point that is kept
 APART = 0.70  # least distance of two points, in sides of the square that is a point's share; about as many fit as asked
-ROBERTS = (0.7548776662466927, 0.5698402909980532)  # powers of the plastic number: steps that fill a square evenly
 
 
 def spread_points(mesh: Mesh, count: int) -> tuple[np.ndarray, np.ndarray]:
     """About `count` (>= 1) points all over the surface, evenly and without a pattern: faces [P] int64 and barycentric
     weights [P,3].
 
-    Poisson discs: of a crowd spread by area (stratified over the faces, along the R2 sequence within them, Roberts
-    2018), in a random order that is always the same, each point goes in unless one of the same side of the surface is
-    nearer than the least distance.
+    Poisson discs by dart throwing (Cook 1986): of a random crowd, stratified by area over the faces and the same every
+    time, each point goes in unless one of the same side of the surface is in that is nearer than the least distance.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
@@ -30,7 +28,7 @@ def spread_points(mesh: Mesh, count: int) -> tuple[np.ndarray, np.ndarray]:
     crowd = np.arange(count * CROWD)
     total = np.cumsum(area)
     faces = np.searchsorted(total, (crowd + 0.5) / len(crowd) * total[-1]).clip(max=len(area) - 1)
-    u, v = (0.5 + crowd[:, None] * np.array(ROBERTS)).T % 1
+    u, v = np.random.default_rng(0).random((2, len(crowd)))
     u, v = np.where(u + v > 1, (1 - u, 1 - v), (u, v))
     weights = np.stack([1 - u - v, u, v], -1)
     normals = normals[faces] / np.maximum(2 * area[faces, None], 1e-30)

@@ -17,9 +17,9 @@ from coser.reconstruction.reload import expect_close, expect_equal
 from coser.reconstruction.sampling import colors_at, face_areas, spread_points
 
 SUFFIX = "-splat.ply"
-COUNT = 60_000
+COUNT = 90_000
 SH_C0 = 0.28209479177387814
-SPREAD = 0.6  # a disc's standard deviation, in sides of the square that is its share of the surface
+SPREAD = 0.85  # a disc's standard deviation, in sides of the square that is its share of the surface
 FLATNESS = 0.1  # across the surface, of that
 OPACITY = 0.99
 REACH = 0.05  # of the longest side: how far the outermost disc may lie inside the mesh's box

@@ -112,6 +112,7 @@ def check_gif(mesh: Mesh, path: str | Path) -> None:
         first, duration = np.asarray(gif.convert("RGB")), 0
         for i in range(gif.n_frames):  # frames that look the same have become one that stays longer
             gif.seek(i)
+            gif.load()
             duration += gif.info["duration"]
     expect_equal("milliseconds:", duration, GIF_FRAMES * GIF_DELAY)
     _expect_similar(first, next(turntable_frames(mesh, GIF_SIZE, GIF_FRAMES)))
