@@ -10,13 +10,18 @@ INSTALL_MAMBA := MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
 APT := apt-get -qq -o=Dpkg::Use-Pty=0
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test clean
+.PHONY: demo test interop clean
 
 demo: $(VENV)/ready-app
 	$(VENV)/bin/python app.py
 
 test: $(VENV)/ready-test
 	$(VENV)/bin/python -m pytest tests
+
+# Khronos' validator, three.js and, where runs/bpy has it, Blender open our files: tests/interop/README.md
+interop: $(VENV)/ready-test
+	npm ci --prefix tests/interop --no-audit --no-fund
+	$(VENV)/bin/python tests/interop/check.py $(if $(wildcard runs/bpy/bin/python),--blender runs/bpy/bin/python) $(GLB)
 
 clean:
 	rm -rf $(VENV)
