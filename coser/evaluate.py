@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from coser import evaluate_mixers, evaluate_prompts, evaluate_table
+from coser import evaluate_mixers, evaluate_prompts, evaluate_surface, evaluate_table
 from coser.agreement import cross_render_psnr
 from coser.cameras import ELEVATION, Cameras
 from coser.data.assets import Asset, list_assets, load_mesh
@@ -129,6 +129,9 @@ def parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(evaluate_table.VERB, help="all figures of quality, beside true and shuffled renders")
     evaluate_table.add_options(verb)
     verb.set_defaults(run=evaluate_table.run)
+    verb = verbs.add_parser(evaluate_surface.VERB, help="surfaces and textures against the true assets and baselines")
+    evaluate_surface.add_options(verb)
+    verb.set_defaults(run=evaluate_surface.run)
     return top
 
 

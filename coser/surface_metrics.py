@@ -23,6 +23,7 @@ CANDIDATES = 8  # triangles tried for a point's nearest one: those of the neares
 DIRECTIONS = 60  # from which surfaces and solids are looked at, spread evenly over the sphere
 LOOK_SIZE = 256  # pixels a side of those looks, which span 2 radii
 SEEN_WITHIN = 0.01  # radii; a point no deeper than this behind what a direction sees is seen
+ENCLOSED = 0.7  # share of a surface with a solid behind it, from which on it counts as a solid's
 GRID = 80  # cells a side of the box in which solids are compared
 NEAR = (0.01, 0.02)  # radii: 0.5 and 1 % of the object's diameter
 
@@ -32,7 +33,8 @@ class Truth:
     """A true surface, and what of it counts.
 
     points [P,3] float64, drawn evenly over the area that can be seen from outside, and their faces [P]; cells [C,3]
-    float32: middles of the cells of a grid around it, and solid [C] bool: which of them nobody can look into.
+    float32: middles of the cells of a grid around it, and solid [C] bool: which of them nobody can look into. encloses:
+    whether most of the surface has such cells behind it; of open shells and thin sheets, volumes say nothing.
     """
 
     mesh: Mesh
@@ -40,6 +42,7 @@ class Truth:
     faces: np.ndarray
     cells: Tensor
     solid: Tensor
+    encloses: bool
 
 
 def look_at_truth(vertices: Tensor, faces: Tensor, samples: int = 20_000) -> Truth:
@@ -54,7 +57,10 @@ def look_at_truth(vertices: Tensor, faces: Tensor, samples: int = 20_000) -> Tru
     step = (high - low + 2 * margin) / GRID
     axes = [low[k] - margin + (torch.arange(GRID) + 0.5) * step[k] for k in range(3)]
     cells = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
-    return Truth(mesh, points, on, cells, _solid(cells, depths))
+    solid = _solid(cells, depths)
+    behind = cKDTree(cells[solid].numpy()).query(points)[0] if solid.any() else np.full(len(points), np.inf)
+    encloses = bool((behind < 1.5 * float(step.max())).mean() >= ENCLOSED)
+    return Truth(mesh, points, on, cells, solid, encloses)
 
 
 def surface_figures(mesh: Mesh, truth: Truth, cameras: Cameras | None = None) -> dict[str, float]:
@@ -63,7 +69,8 @@ def surface_figures(mesh: Mesh, truth: Truth, cameras: Cameras | None = None) ->
     accuracy: mean distance from the mesh's surface to the true one; completeness: from the true one to the mesh's;
     chamfer: the mean of both. fscore_0.5 and fscore_1: harmonic mean of the shares of both surfaces within 0.5 and 1 %
     of the diameter of the other. normal_error: median angle, degrees, between a surface and the nearest place of the
-    other, both ways. volume_iou: of what cannot be looked into from outside; an open mesh can be. With the cameras of
+    other, both ways. volume_iou: of what cannot be looked into from outside, as an open mesh can be; nan where the
+    truth encloses next to nothing. With the cameras of
     the views: completeness_seen and completeness_unseen, of the truth that they see and that they do not (nan where
     there is none).
     """
@@ -78,9 +85,10 @@ def surface_figures(mesh: Mesh, truth: Truth, cameras: Cameras | None = None) ->
     own, true = _face_normals(mesh), _face_normals(truth.mesh)
     cosine = np.concatenate([(own[nearest] * true[truth.faces]).sum(1), (own[on] * true[nearest_true]).sum(1)])
     figures["normal_error"] = math.degrees(math.acos(min(1.0, float(np.median(np.abs(cosine))))))
-    solid = _solid(truth.cells, _looks(mesh))
-    union = int((solid | truth.solid).sum())
-    figures["volume_iou"] = int((solid & truth.solid).sum()) / union if union else 1.0
+    figures["volume_iou"] = math.nan
+    if truth.encloses:
+        solid = _solid(truth.cells, _looks(mesh))
+        figures["volume_iou"] = int((solid & truth.solid).sum()) / int((solid | truth.solid).sum())
     if cameras is not None:
         seen = seen_by(truth, cameras)
         for name, part in (("seen", seen), ("unseen", ~seen)):
