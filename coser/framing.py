@@ -95,10 +95,9 @@ def view_of(photograph: Photograph, rotation: np.ndarray, reach: float, size: in
     fx, fy, cx, cy = photograph.lens
     focal = size / 2 / reach
     grid = np.abs(np.array([fx / focal, fy / focal, 1, 1]) - 1).max() < 1e-5 and np.allclose(rotation, np.eye(3))
-    shift = np.array([size / 2 - cx, size / 2 - cy])
-    if grid and not any(photograph.distortion) and np.abs(shift - shift.round()).max() < 1e-3:
-        at = shift.round().astype(int)
-        channels = _placed(_premultiplied(photograph.pixels), photograph.corner + at, size)
+    at = np.array([size / 2 - cx, size / 2 - cy]) + photograph.corner
+    if grid and not any(photograph.distortion) and np.abs(at - at.round()).max() < 1e-3:
+        channels = _placed(_premultiplied(photograph.pixels), at.round().astype(int), size)
     else:
         ratio = max(fx, fy) / focal / FINER
         height, width = photograph.pixels.shape[:2]
@@ -106,7 +105,7 @@ def view_of(photograph: Photograph, rotation: np.ndarray, reach: float, size: in
         pixels = np.asarray(Image.fromarray(photograph.pixels).resize(tuple(reduced), Image.Resampling.BOX))
         places = _places(photograph, photograph.lens, photograph.corner, rotation, reach, 2 * size)[0]
         places = places / torch.tensor([width, height]) * 2 - 1
-        channels = F.grid_sample(_premultiplied(pixels)[None], places[None].float(), align_corners=False)
+        channels = F.grid_sample(_premultiplied(pixels)[None], places[None], align_corners=False)
         channels = F.avg_pool2d(channels, 2)[0].clamp(0, 1)
     depth = torch.zeros(1, size, size)
     if photograph.depth is not None:
@@ -136,14 +135,19 @@ def _places(photograph: Photograph, lens: tuple, corner: tuple, rotation: np.nda
             size: int) -> tuple[Tensor, Tensor]:
     """Where the pixels of a view lie in the crop, [size,size,2] (x, y, in its pixels), and how much further along the
     photograph's axis than along the view's what they see is [size,size]."""
-    ticks = ((torch.arange(size, dtype=torch.float64) + 0.5) / size * 2 - 1) * reach
+    ticks = ((torch.arange(size) + 0.5) / size * 2 - 1) * reach
     y, x = torch.meshgrid(-ticks, ticks, indexing="ij")
-    rays = torch.stack([x, y, -torch.ones_like(x)], -1) @ torch.from_numpy(np.array(rotation)).T
+    rays = torch.stack([x, y, -torch.ones_like(x)], -1) @ torch.from_numpy(np.array(rotation)).T.float()
     ahead = -rays[..., 2]
-    xy = torch.stack([rays[..., 0], -rays[..., 1]], -1) / ahead.clamp_min(1e-6)[..., None]
-    xy = distort(xy, photograph.distortion) if any(photograph.distortion) else xy
-    places = xy * torch.tensor(lens[:2]) + torch.tensor(lens[2:]) - torch.tensor(corner)
-    return torch.where(ahead[..., None] > 1e-6, places, -1e6), ahead
+    xy = rays[..., :2] * torch.tensor([1.0, -1.0]) / ahead.clamp_min(1e-6)[..., None]
+    seen = ahead > 1e-6
+    if any(photograph.distortion):
+        rim = np.abs(photograph.rim()[:, :2]).max()
+        seen = seen & (xy.abs().amax(-1) < 1.1 * rim)  # further out the model may fold back
+        xy = distort(xy, photograph.distortion)
+    offset = [lens[2] - corner[0], lens[3] - corner[1]]
+    places = xy * torch.tensor(lens[:2], dtype=xy.dtype) + torch.tensor(offset, dtype=xy.dtype)
+    return torch.where(seen[..., None], places, -1e6), ahead
 
 
 def _depth_of(photograph: Photograph, rotation: np.ndarray, reach: float, size: int) -> Tensor:
@@ -151,7 +155,7 @@ def _depth_of(photograph: Photograph, rotation: np.ndarray, reach: float, size: 
     nearest."""
     places, ahead = _places(photograph, photograph.depth_lens, photograph.depth_corner, rotation, reach, size)
     depth = torch.from_numpy(photograph.depth)[None, None]
-    places = (places / torch.tensor([depth.shape[3], depth.shape[2]]) * 2 - 1).float()[None]
+    places = (places / torch.tensor([depth.shape[3], depth.shape[2]]) * 2 - 1)[None]
     low = -F.max_pool2d(F.pad(-depth, (0, 1, 0, 1), value=-torch.inf), 2, 1)
     high = F.max_pool2d(F.pad(depth, (0, 1, 0, 1), value=-torch.inf), 2, 1)
     near = F.grid_sample(depth, places, mode="nearest", align_corners=False)[0, 0]
@@ -160,7 +164,7 @@ def _depth_of(photograph: Photograph, rotation: np.ndarray, reach: float, size: 
     low, high = (F.grid_sample(m, places - half, mode="nearest", align_corners=False)[0, 0] for m in (low, high))
     mean = F.grid_sample(depth, places, padding_mode="border", align_corners=False)[0, 0]
     smooth = (low > 0) & (high - low < SAME_DEPTH * low)
-    return (torch.where(smooth, mean, near) / ahead.clamp_min(1e-6).float())[None]
+    return (torch.where(smooth, mean, near) / ahead.clamp_min(1e-6))[None]
 
 
 def _miss(rays: np.ndarray, pose: np.ndarray, point: np.ndarray) -> np.ndarray:

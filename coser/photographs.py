@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -15,6 +16,9 @@ from coser.reconstruction.keying import key_background, views_from_pictures
 from coser.transforms import Frame
 
 SOLID = 128  # of 255; where a mask is at least that, the object is
+KEYED = 512  # pixels a side; backgrounds are keyed out at this size
+ENOUGH = 1.5  # an object's pixels a side, of a view's
+AIR = 0.15  # of the object's size: background left around it to be keyed
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,8 @@ class Photograph:
 
     name: str
     pixels: np.ndarray
-    corner: tuple[int, int]
-    whole: tuple[int, int]
+    corner: tuple[float, float]
+    whole: tuple[float, float]
     camera_to_world: np.ndarray
     lens: tuple[float, float, float, float]
     distortion: tuple[float, ...] = (0.0,) * 6
@@ -102,40 +106,73 @@ def read_photograph(files: PictureFiles, name: str, frame: Frame | np.ndarray, s
     posed = isinstance(frame, Frame)
     told = frame.lens.size if posed and None not in frame.lens.size else None
     image = decode_picture(name, files.read(name), told, upright=not posed)
-    width, height = image.size
-    if posed:
-        lens = frame.lens.pinhole(width, height)
-    else:
-        focal = max(width, height) / 2 / math.tan(math.radians(fov) / 2)
-        lens = focal, focal, width / 2, height / 2
-    shrink = min(1.0, max(1024, 2 * size) / max(width, height))
-    if shrink < 1:
-        image = image.resize((max(1, round(width * shrink)), max(1, round(height * shrink))), Image.Resampling.BOX)
-        lens = tuple(number * image.size[k % 2] / (width, height)[k % 2] for k, number in enumerate(lens))
-    pixels = np.array(image)
+    try:
+        lens = frame.lens.pinhole(*image.size) if posed else _plain_lens(image.size, fov)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     if mask is not None:
         covered = decode_picture(mask, files.read(mask)).convert("L").resize(image.size, Image.Resampling.BOX)
-        pixels[..., 3] = np.minimum(pixels[..., 3], np.asarray(covered))
-    if pixels[..., 3].min() >= SOLID:
-        pixels = _keyed(name, pixels)
-    solid = pixels[..., 3] >= SOLID
+        image.putalpha(Image.fromarray(np.minimum(image.getchannel("A"), covered)))
+    opaque = image.getchannel("A").getextrema()[0] >= SOLID
+    small = _keyed(name, _reduced(image, KEYED)) if opaque else image
+    alpha = np.asarray(small.getchannel("A"))
+    solid = alpha >= SOLID
     if not solid.any():
-        raise ValueError(f"{name} must show the object, got a picture that is transparent everywhere")
+        raise ValueError(f"{name} must show the object, got a picture that is "
+                         f"{'nothing but background' if opaque else 'transparent everywhere'}")
     edge = bool(solid[0].any() or solid[-1].any() or solid[:, 0].any() or solid[:, -1].any())
-    pixels, corner = _cropped(pixels, pixels[..., 3] > 0)
-    photograph = Photograph(name, pixels, corner, image.size, frame.camera_to_world if posed else frame, lens,
+    box = _box(alpha > 0, [side / reduced for side, reduced in zip(image.size, small.size)], AIR if opaque else 0.0)
+    crop = (small if small.size == image.size else image).crop(box)
+    crop = _reduced(crop, max(KEYED, math.ceil(ENOUGH * size)))
+    if opaque and small.size != image.size:
+        crop = _keyed(name, crop)
+    ratio = crop.width / (box[2] - box[0]), crop.height / (box[3] - box[1])
+
+    def scaled(numbers: tuple) -> tuple:
+        return tuple(number * ratio[k % 2] for k, number in enumerate(numbers))
+
+    photograph = Photograph(name, np.array(crop), scaled(box[:2]), scaled(image.size),
+                            frame.camera_to_world if posed else frame, scaled(lens),
                             frame.lens.distortion if posed else (0.0,) * 6, cut=edge)
     return photograph if depth is None else _with_depth(photograph, files, depth, depth_scale)
 
 
-def _keyed(name: str, pixels: np.ndarray) -> np.ndarray:
-    picture = torch.from_numpy(pixels[..., :3].copy()).permute(2, 0, 1)[None].float() / 255
+def _plain_lens(size: tuple[int, int], fov: float) -> tuple[float, float, float, float]:
+    focal = max(size) / 2 / math.tan(math.radians(fov) / 2)
+    return focal, focal, size[0] / 2, size[1] / 2
+
+
+def _reduced(image: Image.Image, longest: int) -> Image.Image:
+    """The picture with at most `longest` pixels on its longer side."""
+    scale = longest / max(image.size)
+    if scale >= 1:
+        return image
+    return image.resize(tuple(max(1, round(side * scale)) for side in image.size), Image.Resampling.BOX)
+
+
+def _box(wanted: np.ndarray, scale: list[float], air: float) -> tuple[int, int, int, int]:
+    """left, top, right, bottom of what is `wanted` [h,w], with a pixel and `air` (of its longer side) around it, in
+    pixels of a picture `scale` (x, y) times as large."""
+    rows, columns = np.flatnonzero(wanted.any(1)), np.flatnonzero(wanted.any(0))
+    more = 1 + round(air * max(rows[-1] - rows[0], columns[-1] - columns[0]))
+    left, top = max(0, columns[0] - more), max(0, rows[0] - more)
+    right, bottom = min(wanted.shape[1], columns[-1] + 1 + more), min(wanted.shape[0], rows[-1] + 1 + more)
+    return round(left * scale[0]), round(top * scale[1]), round(right * scale[0]), round(bottom * scale[1])
+
+
+def _keyed(name: str, image: Image.Image) -> Image.Image:
+    """The picture with its background keyed out of a version of at most KEYED pixels a side."""
+    def tensor(picture: Image.Image) -> Tensor:
+        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
+
     try:
-        view = views_from_pictures(picture, key_background(picture))
+        masks = key_background(tensor(_reduced(image, KEYED)))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    masks = F.interpolate(masks, image.size[::-1], mode="bilinear").clamp(0, 1)
+    view = views_from_pictures(tensor(image), masks)
     colors = (view.views / view.masks.clamp_min(1e-3)).clamp(0, 1)
-    return (torch.cat([colors, view.masks], 1)[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray((torch.cat([colors, masks], 1)[0] * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def _with_depth(photograph: Photograph, files: PictureFiles, name: str, scale: float) -> Photograph:
@@ -144,20 +181,11 @@ def _with_depth(photograph: Photograph, files: PictureFiles, name: str, scale: f
     steps = decode_depth(name, files.read(name))
     height, width = steps.shape
     if abs(width * whole[1] / (height * whole[0]) - 1) > 0.02:
-        raise ValueError(f"{name} must have the shape of {photograph.name}, {whole[0]} x {whole[1]}, got {width} x "
-                         f"{height}")
+        raise ValueError(f"{name} must have the shape of {photograph.name}, {whole[0]:.0f} x {whole[1]:.0f}, got "
+                         f"{width} x {height}")
     ratio = width / whole[0], height / whole[1]
-    low = [int(photograph.corner[k] * ratio[k]) for k in (0, 1)]
-    high = [math.ceil((photograph.corner[k] + photograph.pixels.shape[1 - k]) * ratio[k]) for k in (0, 1)]
-    inside = np.zeros(steps.shape, bool)
-    inside[low[1]:high[1], low[0]:high[0]] = True
-    steps, corner = _cropped(steps, inside)
+    left, top = (max(0, int(photograph.corner[k] * ratio[k]) - 1) for k in (0, 1))
+    right, bottom = (math.ceil((photograph.corner[k] + photograph.pixels.shape[1 - k]) * ratio[k]) + 1 for k in (0, 1))
     lens = tuple(number * ratio[k % 2] for k, number in enumerate(photograph.lens))
-    return replace(photograph, depth=steps * np.float32(scale), depth_lens=lens, depth_corner=corner)
-
-
-def _cropped(values: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-    """values [H,W,...] cut to the box of what is `wanted` [H,W] and a pixel around it; its corner (x, y)."""
-    rows, columns = np.flatnonzero(wanted.any(1)), np.flatnonzero(wanted.any(0))
-    top, left = max(0, rows[0] - 1), max(0, columns[0] - 1)
-    return values[top:rows[-1] + 2, left:columns[-1] + 2].copy(), (int(left), int(top))
+    return replace(photograph, depth=steps[top:bottom, left:right] * np.float32(scale), depth_lens=lens,
+                   depth_corner=(left, top))

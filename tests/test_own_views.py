@@ -16,6 +16,7 @@ from coser.metrics import psnr, render_mesh, silhouette_iou
 from coser.own_views import load_views
 from coser.rasterizer import render
 from coser.reconstruction import reconstruct
+from coser.reconstruction.views_zip import save_views
 from coser.transforms import cameras_to_transforms
 from coser.views import ViewSet
 
@@ -49,6 +50,15 @@ def test_own_export_comes_back_untouched(ring, tmp_path):
     assert own.cameras.fov == pytest.approx(cameras.fov, abs=1e-5)
     assert torch.allclose(own.world_to_source, FILE_AXES)
     assert own.notes == ()
+
+
+def test_exported_views_come_back_untouched(foreign, tmp_path):
+    own = load_views(zipped(foreign[0], tmp_path / "foreign.zip"), size=SIZE)
+    again = load_views(save_views(own.views, own.cameras, tmp_path / "again.zip"), size=SIZE)
+    assert (again.views.views - own.views.views).abs().max() <= 1 / 255
+    assert (again.views.depths - own.views.depths).abs().max() <= own.views.depths.max() / 65535
+    assert torch.allclose(again.cameras.camera_to_world, own.cameras.camera_to_world, atol=1e-5)
+    assert again.cameras.fov == pytest.approx(own.cameras.fov, abs=1e-5)
 
 
 def test_a_foreign_capture_becomes_views_of_a_unit_object(foreign, tmp_path):
