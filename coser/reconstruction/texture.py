@@ -22,11 +22,11 @@ from coser.views import ViewSet
 SQUARENESS = 8.0  # a view's weight is cos^8 of the angle between ray and normal: the squarest view wins
 MIN_COS = 0.05
 MOST_VIEWS = 4  # a place is coloured by this many views at most
-RASTER_SIZE = 512  # pixels a side at least, of the pictures that say which view sees what
+RASTER_SIZE = 256  # pixels a side at least, of the pictures that say which view sees what
 JUMP = 0.02  # world units between neighbouring pixels' depths, on top of what a slope explains: one hides the other
 EDGE_TRUST = 1e-2  # what a view says of places beside its silhouettes and depth edges, against inside
 SEEN = 1e-8  # total weight below which neighbours on the surface join in
-DILATION = 8  # texels
+DILATION = 4  # texels; beyond, gaps are filled with ever coarser means
 CHUNK = 1 << 20  # texels at a time
 
 
@@ -55,7 +55,7 @@ def bake_texture(mesh: Mesh, views: ViewSet, cameras: Cameras, texture_size: int
     pairs, pictures = visible_faces(mesh, views, cameras, tolerance)
     colors, trust = sample_views(mesh, texels, pairs, pictures, cameras)
     vertex_colors = spread_colors(mesh, texels, colors, trust)
-    own = torch.einsum("pk,pkc->pc", texels.weights, torch.from_numpy(vertex_colors[mesh.faces])[texels.face])
+    own = blend(texels, torch.from_numpy(vertex_colors[mesh.faces]))
     share = trust / (trust + SEEN)
     colors = torch.lerp(own, colors, share[:, None])
     texture = padded(texels, colors, texture_size)
@@ -74,9 +74,8 @@ def texels_of(uvs: Tensor, texture_size: int) -> Texels:
     free = ~taken[middle[:, 1], middle[:, 0]]
     face = torch.cat([face, small.nonzero()[:, 0][free]])
     row, column = torch.cat([row, middle[free, 1]]), torch.cat([column, middle[free, 0]])
-    weights = _plane_weights(corners)[face]
-    place = torch.stack([column + 0.5, row + 0.5, torch.ones_like(row)], -1).float()
-    weights = torch.einsum("pij,pj->pi", weights, place).clamp(0, 1)
+    x, y, constant = _plane_weights(corners).index_select(0, face).unbind(2)
+    weights = torch.addcmul(torch.addcmul(constant, x, column[:, None] + 0.5), y, row[:, None] + 0.5).clamp(0, 1)
     return Texels(row, column, face, weights / weights.sum(1, keepdim=True).clamp_min(1e-9))
 
 
@@ -102,10 +101,13 @@ def visible_faces(mesh: Mesh, views: ViewSet, cameras: Cameras, tolerance: float
     size = views.views.shape[-1]
     side = size * max(1, -(-RASTER_SIZE // size))
     fragments = rasterize(torch.from_numpy(mesh.vertices), torch.from_numpy(mesh.faces), cameras, side)
-    view = torch.arange(len(cameras))[:, None, None].expand_as(fragments.faces)
     hit = fragments.faces >= 0
-    pairs = torch.zeros(len(mesh.faces), len(cameras), dtype=torch.bool)
-    pairs[fragments.faces[hit], view[hit]] = True
+    view = torch.arange(len(cameras))[:, None, None].expand_as(fragments.faces)[hit]
+    # faces around a seen vertex are seen: single ones may be smaller than a pixel
+    corners = torch.from_numpy(mesh.faces)
+    seen = torch.zeros(len(mesh.vertices), len(cameras), dtype=torch.bool)
+    seen[corners[fragments.faces[hit]], view[:, None]] = True
+    pairs = seen[corners].any(1)
     nearness = torch.where(hit, 1 / fragments.depths.clamp_min(1e-6), 0.0)[:, None]
     trust = edge_trust(nearness, views, tolerance, cameras)
     colors, masks = (F.interpolate(t, (side, side), mode="bilinear") for t in (views.views, views.masks))
@@ -137,29 +139,39 @@ def edge_trust(nearness: Tensor, views: ViewSet, tolerance: float, cameras: Came
 def sample_views(mesh: Mesh, texels: Texels, pairs: Tensor, pictures: Tensor,
                  cameras: Cameras) -> tuple[Tensor, Tensor]:
     """Texels => colours [P,3] and the weight [P] of the views that see them."""
-    vertices, normals = torch.from_numpy(mesh.vertices[mesh.faces]), torch.from_numpy(mesh.normals)
-    side = pictures.shape[-1]
-    middle = vertices.mean(1)
-    facing = F.normalize(torch.cross(vertices[:, 1] - vertices[:, 0], vertices[:, 2] - vertices[:, 0], dim=-1), dim=-1)
-    cosine = (F.normalize(cameras.centers[:, None] - middle, dim=-1) * facing).sum(-1).T
-    rank = torch.where(pairs & (cosine > MIN_COS), cosine, -1.0)
-    best = rank.topk(min(MOST_VIEWS, len(cameras)), 1)
-    chosen = torch.zeros_like(pairs).scatter_(1, best.indices, best.values > 0)
-    points = torch.einsum("pk,pkc->pc", texels.weights, vertices[texels.face])
-    normal = F.normalize(torch.einsum("pk,pkc->pc", texels.weights, normals[texels.face]), dim=-1)
+    corners = torch.from_numpy(mesh.vertices[mesh.faces])
+    points, normals = blend(texels, corners), F.normalize(blend(texels, torch.from_numpy(mesh.normals)), dim=-1)
+    chosen = best_views(corners, pairs, cameras)
     colors, trust = torch.zeros_like(points), points.new_zeros(len(points))
     for view in range(len(cameras)):
-        for index in chosen[texels.face, view].nonzero()[:, 0].split(CHUNK):
-            point = points[index]
+        asked = chosen[:, view].contiguous().index_select(0, texels.face).nonzero()[:, 0]
+        for index in asked.split(CHUNK):
+            point = points.index_select(0, index)
             uv, depth = (t[0] for t in cameras[view].project(point))
             picture = F.grid_sample(pictures[view:view + 1], (uv * 2 - 1)[None, None], align_corners=False)[0, :, 0]
-            cos = (F.normalize(cameras.centers[view] - point, dim=-1) * normal[index]).sum(-1).clamp_min(0)
-            pixel = depth * (2 / (cameras.focal * side))
-            behind = depth - 1 / picture[4].clamp_min(1e-6)
-            weight = (cos**SQUARENESS + 1e-6) * picture[3] * (behind < 2 * pixel + 1e-3)
-            colors[index] += weight[:, None] * picture[:3].T
-            trust[index] += weight
+            to_camera = cameras.centers[view] - point
+            cosine = (to_camera * normals.index_select(0, index)).sum(-1) / to_camera.norm(dim=-1)
+            allowed = depth * (4 / (cameras.focal * pictures.shape[-1])) + 1e-3  # two pixels
+            weight = cosine.clamp_min(0)**SQUARENESS + 1e-6
+            weight = weight * picture[3] * (depth - 1 / picture[4].clamp_min(1e-6) < allowed)
+            colors.index_add_(0, index, (picture[:3] * weight).T)
+            trust.index_add_(0, index, weight)
     return colors / trust.clamp_min(1e-20)[:, None], trust
+
+
+def best_views(corners: Tensor, pairs: Tensor, cameras: Cameras) -> Tensor:
+    """Faces' corners [F,3,3], and which views see them [F,N] => the MOST_VIEWS squarest ones of these [F,N]."""
+    normals = F.normalize(torch.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0], dim=-1), dim=-1)
+    cosine = (F.normalize(cameras.centers[:, None] - corners.mean(1), dim=-1) * normals).sum(-1).T
+    cosine = torch.where(pairs & (cosine > MIN_COS), cosine, 0.0)
+    best = cosine.topk(min(MOST_VIEWS, len(cameras)), 1)
+    return torch.zeros_like(pairs).scatter_(1, best.indices, best.values > 0)
+
+
+def blend(texels: Texels, values: Tensor) -> Tensor:
+    """What the faces' corners carry, [F,3,C] => the texels' [P,C]."""
+    parts = values.reshape(len(values), -1).index_select(0, texels.face).view(-1, *values.shape[1:])
+    return torch.einsum("pk,pkc->pc", texels.weights, parts)
 
 
 def spread_colors(mesh: Mesh, texels: Texels, colors: Tensor, trust: Tensor) -> np.ndarray:
@@ -200,22 +212,41 @@ def _harmonic(mesh: Mesh, values: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 def padded(texels: Texels, colors: Tensor, texture_size: int) -> np.ndarray:
     """Colours [P,3] in [0,1] at their texels, continued over the gaps => texture uint8 [S,S,3]."""
-    picture = torch.zeros(1, 4, texture_size, texture_size)
-    picture[0, :3, texels.row, texels.column] = colors.T
-    picture[0, 3, texels.row, texels.column] = 1
-    for _ in range(DILATION):  # nothing of another chart comes near
-        around = F.avg_pool2d(picture, 3, 1, 1)
-        picture = torch.where(picture[:, 3:] > 0, picture, around / around[:, 3:].clamp_min(1e-9))
-        picture[:, 3] = (picture[:, 3] > 0).float()
-    picture = _pull_push(picture)
-    return (picture[0, :3].clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    picture = np.zeros((texture_size, texture_size, 3), np.float32)
+    covered = np.zeros((texture_size + 2, texture_size + 2), bool)
+    inside = covered[1:-1, 1:-1]
+    row, column = texels.row.numpy(), texels.column.numpy()
+    picture[row, column], inside[row, column] = colors.clamp(0, 1).numpy(), True
+    ways = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
+    for _ in range(DILATION):
+        near = np.zeros_like(inside)
+        for y, x in ways:
+            near |= covered[1 + y:texture_size + 1 + y, 1 + x:texture_size + 1 + x]
+        row, column = np.nonzero(near & ~inside)
+        total, count = np.zeros((len(row), 3), np.float32), np.zeros((len(row), 1), np.float32)
+        for y, x in ways:
+            known = covered[row + 1 + y, column + 1 + x]
+            total[known] += picture[row[known] + y, column[known] + x]
+            count[known] += 1
+        picture[row, column], inside[row, column] = total / count, True
+    _fill(picture, inside)
+    return (picture * 255 + 0.5).astype(np.uint8)
 
 
-def _pull_push(picture: Tensor) -> Tensor:
-    """Colour and coverage [1,4,S,S] => colour everywhere, from ever coarser pictures where none is."""
-    if picture.shape[-1] < 2 or bool((picture[:, 3] > 0).all()):
-        return picture
-    coarse = F.avg_pool2d(torch.cat([picture[:, :3] * picture[:, 3:], picture[:, 3:]], 1), 2, ceil_mode=True)
-    coarse = torch.cat([coarse[:, :3] / coarse[:, 3:].clamp_min(1e-9), (coarse[:, 3:] > 0).float()], 1)
-    below = F.interpolate(_pull_push(coarse), picture.shape[-2:], mode="nearest")
-    return torch.where(picture[:, 3:] > 0, picture, below)
+def _fill(picture: np.ndarray, covered: np.ndarray) -> None:
+    """Gives the places of a picture [S,S,3] that are not covered [S,S] the mean of what lies around them, taken over
+    squares of 2, 4, 8, ... as far as it takes."""
+    row, column = np.nonzero(~covered)
+    if not len(row) or len(row) == covered.size:
+        return
+    half = -(-len(picture) // 2)
+    sums, count = np.zeros((half, half, 3), np.float32), np.zeros((half, half), np.float32)
+    for y in (0, 1):
+        for x in (0, 1):
+            part, there = picture[y::2, x::2], covered[y::2, x::2]
+            height, width = there.shape
+            sums[:height, :width] += part * there[..., None]
+            count[:height, :width] += there
+    coarse = sums / np.maximum(count, 1)[..., None]
+    _fill(coarse, count > 0)
+    picture[row, column] = coarse[row // 2, column // 2]
