@@ -19,7 +19,7 @@ from coser.reconstruction.sampling import colors_at, face_areas, spread_points
 SUFFIX = "-splat.ply"
 COUNT = 90_000
 SH_C0 = 0.28209479177387814
-SPREAD = 0.85  # a disc's standard deviation, in sides of the square that is its share of the surface
+SPREAD = 0.75  # standard deviation of a disc, in sides of the square that is its share: hides what is behind
 FLATNESS = 0.1  # across the surface, of that
 OPACITY = 0.99
 REACH = 0.05  # of the longest side: how far the outermost disc may lie inside the mesh's box
