@@ -27,7 +27,8 @@ RADIUS = 0.95  # of the object, after its world was scaled
 # Agreement of silhouettes. On 12 assets true cameras gave 0.80 to 0.99 in the mean over 12 views, shuffled ones 0.24 to
 # 0.95, and the wrong way round 0.01 less than the right one where objects are as good as round, usually 0.1 to 0.4.
 WRONG, DOUBTFUL, ODD = 0.5, 0.75, 0.6  # in the mean refused, in the mean told, a view named
-CLEARLY = 0.03  # that a ring must gain from being taken clockwise
+CLEARLY = 0.03  # that a ring must gain from being taken at another elevation or the other way round
+TRIED = (0.0, 10.0, ELEVATION, 30.0, 45.0)  # elevations, degrees
 FILLED = (0.5, 1.1)  # radii that a ring's object may have before the ring is scaled
 OFF_AIM = 0.1  # of half a picture; a ring's object may lie that far beside the middle before the aim is corrected
 TRANSFORMS = ("transforms.json", "transforms_train.json")
@@ -63,9 +64,10 @@ def load_views(path: str | os.PathLike | Sequence[str | os.PathLike], *, num_vie
     With a transforms.json (see coser.transforms) its cameras are taken, the world is moved and scaled so that the
     object lies in the unit sphere (unless the file says `unit_sphere`: then both world and lens stay), and depth maps
     are read where every picture has one. Without, the pictures, sorted by name as people count, are a closed ring:
-    `azimuth` (degrees) of the first, `elevation` (default 20) of all, cameras aimed at the object, `fov` (degrees, of
-    the longer side, default 40), going round the object as seen from above `clockwise` or counter-clockwise; None:
-    counter-clockwise, unless silhouettes tell otherwise. Raises ValueError saying what is wrong and with which file.
+    `azimuth` (degrees) of the first, cameras aimed at the object, `fov` (degrees, of the longer side, default 40), at
+    one `elevation`, going round the object `clockwise` or not as seen from above. Where those two are None they are 20
+    and counter-clockwise unless silhouettes agree clearly better otherwise. Raises ValueError saying what is wrong and
+    with which file.
     """
     _check("size", size, *SIZES, whole=True)
     _check("max_views", max_views, FEWEST, MOST, whole=True)
@@ -132,8 +134,8 @@ def _ring(files: PictureFiles, num_views: int | None, elevation: float | None, a
     steps = np.arange(len(names)) * (360 / len(names))
     cameras = Cameras.look_at_origin(azimuth + (-steps if clockwise else steps), angles[0], DISTANCE, angles[1])
     notes = [f"Without a transforms.json the {len(names)} pictures from {names[0]} to {names[-1]} were taken as a "
-             f"closed ring, {'' if clockwise else 'counter-'}clockwise seen from above: elevation {angles[0]:g}, "
-             f"azimuth {azimuth:g} first, fov {angles[1]:g} degrees."]
+             f"closed ring: azimuth {azimuth:g} first, fov {angles[1]:g} degrees, "
+             f"{_told(angles[0], bool(clockwise))}."]
     chosen = [i * len(names) // min(len(names), max_views) for i in range(min(len(names), max_views))]
     if len(chosen) < len(names):
         notes.append(f"{len(chosen)} of {len(names)} pictures were used, spread evenly around the object.")
@@ -152,20 +154,34 @@ def _ring(files: PictureFiles, num_views: int | None, elevation: float | None, a
         notes.append("The object fills little of the pictures: they were cropped around it.")
         reach = None
     own = _framed(photographs, np.zeros(3), scale, reach, notes, np.eye(4), size)
-    return own if clockwise is not None else _the_way_round(own, azimuth)
+    tried = [(e, c) for e in (TRIED if elevation is None else [elevation])
+             for c in ((False, True) if clockwise is None else [clockwise])]
+    return _as_silhouettes_tell(own, azimuth, (angles[0], bool(clockwise)), tried)
 
 
-def _the_way_round(own: PosedViews, azimuth: float) -> PosedViews:
-    """The ring, taken clockwise where its silhouettes agree clearly better so: its cameras mirrored in the plane of the
-    first one's."""
+def _as_silhouettes_tell(own: PosedViews, azimuth: float, taken: tuple[float, bool],
+                         tried: list[tuple[float, bool]]) -> PosedViews:
+    """The ring that was `taken` at an elevation (degrees), clockwise or not, as one of those `tried` where its
+    silhouettes agree clearly better so."""
     distance = float(own.cameras.centers.norm(dim=-1).mean())
-    azimuths = 2 * azimuth - own.cameras.azimuths.double()
-    mirrored = Cameras.look_at_origin(azimuths, own.cameras.elevations.double(), distance, own.cameras.fov)
-    agreed, other = (agreement(own.views.masks, cameras).mean() for cameras in (own.cameras, mirrored))
-    if other < agreed + CLEARLY:
+    steps = own.cameras.azimuths.double() - azimuth
+
+    def ring(elevation: float, clockwise: bool) -> Cameras:
+        azimuths = azimuth + (steps if clockwise == taken[1] else -steps)
+        return Cameras.look_at_origin(azimuths, elevation, distance, own.cameras.fov)
+
+    if len(tried) < 2:
         return own
-    note = "Then they were taken clockwise, because their silhouettes agree better so."
-    return replace(own, cameras=mirrored, notes=(*own.notes, note))
+    agreed = [float(agreement(own.views.masks, ring(*way)).mean()) for way in tried]
+    best = tried[int(np.argmax(agreed))]
+    if max(agreed) < agreed[tried.index(taken)] + CLEARLY:
+        return own
+    note = f"Their silhouettes agree clearly better {_told(*best)}: so they were taken."
+    return replace(own, cameras=ring(*best), notes=(*own.notes, note))
+
+
+def _told(elevation: float, clockwise: bool) -> str:
+    return f"at elevation {elevation:g} going {'' if clockwise else 'counter-'}clockwise as seen from above"
 
 
 def _framed(photographs: list[Photograph], middle: np.ndarray, scale: float, reach: float | None, notes: list[str],

@@ -176,6 +176,14 @@ def test_a_clockwise_ring_goes_the_other_way(ring, tmp_path):
     assert own.cameras.fov == pytest.approx(50)
 
 
+def test_silhouettes_tell_the_elevation_of_a_ring(tmp_path):
+    views = render(*SOLID, Cameras.orbit(8, elevation=43), SIZE)
+    own = load_views(in_folder(capture(views, None), tmp_path), size=SIZE)
+    assert torch.allclose(own.cameras.elevations, torch.tensor(45.0), atol=1e-3) and "45" in own.notes[-1]
+    kept = load_views(tmp_path, size=SIZE, elevation=20)
+    assert torch.allclose(kept.cameras.elevations, torch.tensor(20.0), atol=1e-3)
+
+
 def test_silhouettes_tell_which_way_round_a_ring_was_taken(ring, tmp_path):
     files = capture(ring[0], None)
     names = sorted(files)
