@@ -12,6 +12,7 @@ from coser.cameras import Cameras
 from coser.rasterizer import rasterize
 from coser.reconstruction.color import color_vertices
 from coser.reconstruction.consensus import fuse_consensus
+from coser.reconstruction.fit import stream_fit
 from coser.reconstruction.fuse import fuse
 from coser.reconstruction.glb import save_glb
 from coser.reconstruction.mesh import Mesh, keep_parts, simplify
@@ -72,7 +73,9 @@ def stream_surface(views: ViewSet, cameras: Cameras, resolution: int = 128) -> I
     """Posed views => the steps of finding their closed surface; the last one carries it.
 
     Where carving by every view leaves a mesh that does not look like its own views, they contradict each other, and
-    what they agree on at large is made instead if that fits them better.
+    what they agree on at large is made instead if that fits them better. Views of which none has a depth are fitted by
+    their colours and silhouettes (`coser.reconstruction.fit`), in steps that a caller may leave at any time; the
+    surface then carries the depths at which they see it.
 
     views: N >= 1 square views; cameras: their N perspective cameras. resolution: the fusion grid holds at most
     resolution^3 cells. Raises ValueError when the views and cameras do not belong together or the views show nothing.
@@ -87,10 +90,20 @@ def stream_surface(views: ViewSet, cameras: Cameras, resolution: int = 128) -> I
     if not 8 <= resolution <= 512:
         raise ValueError(f"resolution must lie between 8 and 512, got {resolution}")
     views, cameras = views.to(dtype=cameras.camera_to_world.dtype), cameras.to(views.views.device)
-    shown = ((views.masks >= 0.5) & (views.depths > 0)).flatten(1).any(1)
+    with_depths = bool((views.depths > 0).any())
+    shown = ((views.masks >= 0.5) & ((views.depths > 0) | (not with_depths))).flatten(1).any(1)
     if not shown.any():
-        raise ValueError("views show nothing: no pixel has a mask of at least 0.5 and a depth")
+        raise ValueError("views show nothing: no pixel has a mask of at least 0.5" + " and a depth" * with_depths)
     views, cameras = views[shown], cameras[shown]  # an empty view has failed: it would carve everything away
+    if not with_depths:
+        for step in stream_fit(views, cameras, resolution):
+            if step.grid is None:
+                yield SurfaceStep(step.index, step.total, f"Fitting the surface, step {step.index} of {step.total}")
+        vertices, faces, voxel = step.grid.surface()
+        mesh = keep_parts(Mesh(vertices, faces), SPECK * voxel)
+        yield SurfaceStep(step.total, step.total, "Surface found",
+                          Surface(mesh, voxel, _with_depths(views, cameras, mesh), cameras))
+        return
     yield SurfaceStep(0, 1, "Fusing the views")
     mesh, voxel = _carved_or_agreed(views, cameras, resolution)
     yield SurfaceStep(1, 1, "Surface found", Surface(mesh, voxel, views, cameras))
@@ -104,6 +117,12 @@ def finish(surface: Surface, *, max_faces: int = 10_000, texture_size: int | Non
     if texture_size is None:
         return replace(mesh, vertex_colors=color_vertices(mesh, surface.views, surface.cameras, tolerance))
     return bake_texture(mesh, surface.views, surface.cameras, texture_size, tolerance)
+
+
+def _with_depths(views: ViewSet, cameras: Cameras, mesh: Mesh) -> ViewSet:
+    """The views with the depths at which they see the mesh, so that they tell what is hidden."""
+    vertices, faces = (torch.from_numpy(part).to(views.views.device) for part in (mesh.vertices, mesh.faces))
+    return replace(views, depths=rasterize(vertices, faces, cameras, views.views.shape[-1]).depths[:, None])
 
 
 def _carved_or_agreed(views: ViewSet, cameras: Cameras, resolution: int) -> tuple[Mesh, float]:
