@@ -1,4 +1,4 @@
-"""The web app: layout and wiring in Gradio; what the buttons do is in coser/studio.py."""
+"""The web app: layout and wiring in Gradio; what the buttons do is in desk.py and coser/studio.py."""
 
 from __future__ import annotations
 
@@ -11,32 +11,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import spaces  # noqa: I001  (before torch: on ZeroGPU it must be the first to touch CUDA)
 
 import argparse
-import html
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gradio as gr
 
-from coser.examples import Example, load_examples
-from coser.finishing import load_finished, save_finished
-from coser.own_views import load_views
+from coser.examples import load_examples
 from coser.pipeline import ELEVATIONS, NUM_VIEWS
-from coser.reconstruction.exports import FORMATS, export
+from coser.reconstruction.exports import FORMATS
 from coser.request import (COLORING, CONSISTENCY, GUIDANCE_SCALE, LONGEST_SIDE, MAX_FACES, NUM_INFERENCE_STEPS, ORIGINS,
                            SEED, TEXTURE_SIZES, AssetOptions, GenerationRequest)
-from coser.sessions import (KEPT_SECONDS, current_run, file_name, remove_old_runs, run_folder, session_folder,
-                            set_current_run)
-from coser.studio import SMALL, RunUpdate, Studio, log_to_terminal
+from coser.sessions import KEPT_SECONDS
+from coser.studio import SMALL, Studio, log_to_terminal
+from desk import Desk, something_ready, status_line
 
 EXAMPLES = Path(__file__).parent / "examples" / "gallery"
 CSS = Path(__file__).with_name("app.css")
 DEFAULTS = GenerationRequest(prompt="a red barrel")
 ASSET = AssetOptions()
-STOP = "stop"  # a file of this name in a session's folder asks its run to end; files reach ZeroGPU's worker process too
-FINISHED = "finished.npz"  # in a run's folder: what its asset can be made from again
-ONE_AT_A_TIME = "One at a time: press Stop first."
-NO_RUN = "Make an object first: press Generate, or Reconstruct with your own views. Pre-made examples are GLB only."
 MIXER_NAMES = [("Adjacent attention", "adjacent"), ("Trajectory attention", "trajectory"),
                ("Rapid Glance (Mamba scan)", "glance"), ("Rectification (score attention)", "rectification")]
 PICTURES = [".png", ".jpg", ".jpeg", ".webp", ".zip", ".json"]
@@ -55,215 +47,6 @@ STATUS = """<div class="line ${value.stage}" role="status" aria-live="polite">
 <div class="note">${value.note}</div></div>"""
 OWN_VIEWS = """<p>All around one object, in even steps, the first from the front; on a plain background or cut out
 (alpha). In a zip with a <code>transforms.json</code> (NeRF convention) the cameras may be anywhere.</p>"""
-
-
-class Desk:
-    """What the page's events do, around one studio and finished examples; visitors are told apart by their session."""
-
-    def __init__(self, studio: Studio, root: Path, examples: list[Example]):
-        self.studio, self.root, self.examples = studio, root, examples
-        self.line: set[str] = set()  # the sessions that work or wait to
-
-    def folder(self, request: gr.Request) -> Path:
-        return session_folder(self.root, request.session_hash or "")
-
-    def begin(self, prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed,
-              consistency, mixers, max_faces, texture_size, coloring, origin, longest_side, request: gr.Request):
-        """Check a prompt's values at once, before any waiting; then clear the stage and turn the buttons round."""
-        checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed, consistency,
-                mixers)
-        checked_asset(max_faces, texture_size, coloring, origin, longest_side)
-        return *self._enter(request), None, gr.DownloadButton(value=None, interactive=False), None
-
-    def begin_rebuild(self, files, elevation, max_faces, texture_size, coloring, origin, longest_side,
-                      request: gr.Request):
-        """The same for views of one's own."""
-        if not files:
-            raise gr.Error("Choose pictures, or a zip of them, first.", print_exception=False)
-        checked_asset(max_faces, texture_size, coloring, origin, longest_side)
-        return *self._enter(request), None, gr.DownloadButton(value=None, interactive=False), None
-
-    def begin_refine(self, max_faces, texture_size, coloring, origin, longest_side, request: gr.Request):
-        """The same for other triangles and colours of what is on the stage, which stays until there is news."""
-        checked_asset(max_faces, texture_size, coloring, origin, longest_side)
-        if current_run(self.folder(request)) is None:
-            raise gr.Error(NO_RUN, print_exception=False)
-        return *self._enter(request), gr.skip(), gr.skip(), None
-
-    def _enter(self, request: gr.Request) -> tuple:
-        """Take a place in the line; the progress line and the buttons (Stop last) while one works."""
-        if request.session_hash in self.line:
-            raise gr.Error(ONE_AT_A_TIME, print_exception=False)
-        (self.folder(request) / STOP).unlink(missing_ok=True)
-        remove_old_runs(self.root)
-        ahead = len(self.line)
-        self.line.add(request.session_hash)
-        message = f"Waiting for {ahead} other visitor{'s' if ahead > 1 else ''}" if ahead else "Starting"
-        return status_line("waiting", message), *[gr.Button(interactive=False)] * 4, gr.Button(interactive=True)
-
-    def generate(self, prompt: str, num_views: int, guidance_scale: float, num_inference_steps: int, elevation: float,
-                 seed: int, randomize_seed: bool, consistency: float, mixers: list[str], max_faces: int,
-                 texture_size: int, coloring: str, origin: str, longest_side: float,
-                 request: gr.Request) -> Iterator[tuple]:
-        """Text to 3D: streams (views picture, status, seed, GLB or nothing yet), an item a denoising step.
-
-        prompt: 1 to 300 characters. num_views: 4 to 24. guidance_scale: 1 to 12. num_inference_steps: 1 to 50.
-        elevation: 0 to 30 degrees. seed: 0 to 2147483647, drawn anew with randomize_seed and reported back.
-        consistency: 0 to 1, how much of the views is replaced by the object they make together, at some steps.
-        mixers: which modules between the views work, some of adjacent, trajectory, glance and rectification.
-        max_faces: 500 to 200000. texture_size: 512, 1024, 2048 or 4096. coloring: texture or vertices. origin: feet
-        or center. longest_side: 0.01 to 100 metres.
-        """
-        asked = checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed,
-                        consistency, mixers).with_drawn_seed()
-        options = checked_asset(max_faces, texture_size, coloring, origin, longest_side)
-        name = file_name(asked.prompt, asked.seed)
-        for views, update in self._work(request, lambda run, stop: self.studio.generate(asked, run / name, stop,
-                                                                                        options)):
-            yield views, with_figures(update.status()), update.seed, update.glb and str(update.glb)
-
-    def rebuild(self, files: list[str], elevation: float, max_faces: int, texture_size: int, coloring: str, origin: str,
-                longest_side: float, request: gr.Request) -> Iterator[tuple]:
-        """Views of one's own to 3D: streams (views picture, status, GLB or nothing yet).
-
-        files: pictures of one object all around, in the order of their names, or a zip of them; with a
-        transforms.json (NeRF convention) among them, it says where the cameras are. elevation: degrees, of a ring
-        without one. The others as in generate.
-        """
-        options = checked_asset(max_faces, texture_size, coloring, origin, longest_side)
-        try:
-            posed = load_views([Path(f) for f in files] if len(files) > 1 else Path(files[0]), elevation=elevation)
-        except (ValueError, OSError) as error:
-            raise told(error) from error
-        title = Path(files[0]).stem if len(files) == 1 else "own views"
-        for views, update in self._work(request, lambda run, stop: self.studio.rebuild(
-                posed, title, run / file_name(title), stop, options)):
-            yield views, with_figures(update.status()), update.glb and str(update.glb)
-
-    def refine(self, max_faces: int, texture_size: int, coloring: str, origin: str, longest_side: float,
-               request: gr.Request) -> Iterator[tuple]:
-        """Other triangles, texture, place or size for the object made last: streams (status, GLB or nothing yet)."""
-        options = checked_asset(max_faces, texture_size, coloring, origin, longest_side)
-        run_file, asset = self._current(request)
-        for _, update in self._work(request, lambda run, stop: self.studio.refine(
-                asset, run_file, run / run_file.with_suffix(".glb").name, stop, options)):
-            yield with_figures(update.status()), str(update.glb) if update.glb else gr.skip()
-
-    def _work(self, request: gr.Request, start: Callable[[Path, Callable[[], bool]], Iterator[RunUpdate]]
-              ) -> Iterator[tuple[str | None, RunUpdate]]:
-        """A run in a folder of its own: its updates, each with the file of the views so far; what it made is kept."""
-        folder = self.folder(request)
-        run = run_folder(folder)
-        shown = views = None
-        try:
-            for update in start(run, (folder / STOP).exists):
-                if update.picture is not shown:  # a file each: gradio itself would rewrite one that is being fetched
-                    shown, views = update.picture, run / f"views-{update.step:02d}.jpg"
-                    shown.save(views, quality=90)
-                if update.asset is not None:
-                    save_finished(update.asset, run / FINISHED)
-                    set_current_run(folder, run)
-                yield views and str(views), update
-        except ValueError as error:
-            raise told(error) from error
-
-    def _current(self, request: gr.Request) -> tuple[Path, object]:
-        """The run file and the asset on this visitor's stage."""
-        run = current_run(self.folder(request))
-        if run is None:
-            raise gr.Error(NO_RUN, print_exception=False)
-        return next(run.glob("*.json")), load_finished(run / FINISHED)
-
-    def export(self, format: str, request: gr.Request) -> str:
-        """The object made last in another format, as a file: {formats}."""
-        if format not in FORMATS:
-            raise gr.Error(f"format must be one of {', '.join(FORMATS)}, got {html.escape(str(format)[:40])}",
-                           print_exception=False)
-        run_file, asset = self._current(request)
-        path = run_file.with_name(run_file.stem + FORMATS[format].suffix)
-        try:
-            if not path.exists():
-                export(format, asset.mesh, asset.surface.views, asset.surface.cameras, path)
-        except (ValueError, OSError) as error:
-            raise told(error) from error
-        return str(path)
-
-    def show(self, chosen: gr.SelectData, request: gr.Request):
-        """Put a finished example on the stage and its prompt and settings into their fields; nothing is computed."""
-        if request.session_hash in self.line:
-            raise gr.Error(ONE_AT_A_TIME, print_exception=False)
-        example = self.examples[chosen.index]
-        asked = example.request
-        set_current_run(self.folder(request), None)
-        message = (f"Pre-made example, drawn earlier by the checkpoint “{example.checkpoint}” (seed {asked.seed}). "
-                   "Generate draws it now.")
-        return (asked.prompt, asked.num_views, asked.guidance_scale, asked.num_inference_steps, asked.elevation,
-                asked.seed, False, asked.consistency, list(asked.mixers), status_line("example", message),
-                str(example.views), str(example.glb), gr.DownloadButton(value=str(example.glb), interactive=True), None,
-                *[gr.Button(interactive=False)] * 2)
-
-    def stop(self, request: gr.Request):
-        """Ask the session's run to end after the step it is in."""
-        (self.folder(request) / STOP).touch()
-        return gr.Button(interactive=False)
-
-    def finish(self, status: dict, glb: str | None, request: gr.Request):
-        """After a run, however it ended: the viewer gets its file (as an output of `generate` it would stay blank)."""
-        self.line.discard(request.session_hash)
-        if status["stage"] not in ("done", "stopped"):
-            status = status_line("stopped", "This run ended early; the message says why.")
-        made = gr.Button(interactive=current_run(self.folder(request)) is not None)
-        return (status, *[gr.Button(interactive=True)] * 2, made, made, gr.Button(interactive=False), glb,
-                gr.DownloadButton(interactive=glb is not None))
-
-    def leave(self, request: gr.Request):
-        """A visitor closed the page: a run of theirs must not keep the others waiting."""
-        if request.session_hash in self.line:
-            self.line.discard(request.session_hash)
-            (self.folder(request) / STOP).touch()
-
-
-Desk.export.__doc__ = Desk.export.__doc__.format(formats=", ".join(FORMATS))
-
-
-def told(error: Exception) -> gr.Error:
-    """What went wrong, as a message for the visitor; names of their own files may hold anything."""
-    return gr.Error(html.escape(str(error), quote=False), print_exception=False)
-
-
-def checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed, consistency,
-            mixers) -> GenerationRequest:
-    """The page's values as a request; what is wrong with them becomes a message for the visitor."""
-    if isinstance(prompt, str) and not prompt.strip():
-        raise gr.Error("Type what to make first, for example: a red barrel. (prompt must not be empty)",
-                       print_exception=False)
-    try:
-        return GenerationRequest(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed,
-                                 randomize_seed, consistency, mixers=mixers)
-    except ValueError as error:
-        raise told(error) from error
-
-
-def checked_asset(*values) -> AssetOptions:
-    """The same for the asset's options."""
-    try:
-        return AssetOptions(*values)
-    except ValueError as error:
-        raise told(error) from error
-
-
-def status_line(stage: str, message: str) -> dict:
-    """The progress line's value while no step has been made."""
-    return with_figures({"stage": stage, "step": 0, "total": 0, "percent": 0, "seconds_left": None, "seed": None,
-                         "message": message, "note": ""})
-
-
-def with_figures(status: dict) -> dict:
-    """A status with the words that the line shows on its right."""
-    parts = [f"{status['percent']} %"] if status["stage"] in ("denoising", "reconstructing") else []
-    if parts and status["seconds_left"] is not None:
-        parts.append(f"{status['seconds_left']:.0f} s left")
-    return status | {"figures": " · ".join(parts)}
 
 
 def gpu_seconds(prompt, num_views, guidance_scale, num_inference_steps, *_) -> int:
@@ -337,8 +120,8 @@ def build_app(studio: Studio, root: Path) -> gr.Blocks:
                                     file_count="multiple", file_types=PICTURES, height=150, elem_id="files")
                     with gr.Column(scale=2):
                         gr.HTML(OWN_VIEWS)
-                        ring = gr.Number(DEFAULTS.elevation, minimum=-80, maximum=80, label="Elevation of the ring",
-                                         info="degrees; not asked where a transforms.json says it", elem_id="ring")
+                        ring = gr.Number(None, minimum=-80, maximum=80, label="Elevation of the ring", elem_id="ring",
+                                         info="degrees; left empty, the silhouettes tell")
                         rebuild = gr.Button("Reconstruct", variant="primary", elem_id="rebuild")
         with gr.Row(elem_id="work"):
             status = gr.HTML(status_line("idle", "Ready"), html_template=STATUS, elem_id="status")
@@ -352,7 +135,10 @@ def build_app(studio: Studio, root: Path) -> gr.Blocks:
                 gr.HTML("3D model, drag to turn", elem_classes="heading")
                 model = gr.Model3D(label="3D model", show_label=False, height=426, interactive=False,
                                    clear_color=(1.0, 1.0, 1.0, 1.0), camera_position=(60, 75, None), elem_id="model")
-                download = gr.DownloadButton("Download GLB", interactive=False, elem_id="download")
+                with gr.Row(elem_id="take"):
+                    shown = gr.Radio([("Mesh", "glb"), ("Splats", "splat")], value="glb", show_label=False,
+                                     container=False, scale=1, interactive=False, elem_id="shown")
+                    download = gr.DownloadButton("Download GLB", interactive=False, scale=2, elem_id="download")
         with gr.Accordion("Asset: triangles, texture, size, other formats", open=False, elem_id="asset"):
             options = asset_inputs()
             with gr.Row():
@@ -360,7 +146,7 @@ def build_app(studio: Studio, root: Path) -> gr.Blocks:
                 format = gr.Dropdown([(f.label, name) for name, f in FORMATS.items()], value="obj", label="Format",
                                      show_label=False, container=False, elem_id="format")
                 prepare = gr.Button("Prepare file", interactive=False, elem_id="prepare")
-            other = gr.File(label="Ready to download", interactive=False, elem_id="other")
+            other = gr.File(label="Ready to download", interactive=False, visible=False, elem_id="other")
 
         buttons = [go, rebuild, refine, prepare, stop]
         seed = settings[4]
@@ -372,7 +158,7 @@ def build_app(studio: Studio, root: Path) -> gr.Blocks:
             started = gr.on(triggers, begin, inputs, [status, *buttons, model, download, other],
                             **quiet | {"preprocess": named.get("preprocess", True)})
             worked = started.success(work, inputs, outputs, **lane, **named)
-            worked.then(desk.finish, [status, download], [status, *buttons, model, download], **quiet)
+            worked.then(desk.finish, [status, download], [status, *buttons, model, download, shown], **quiet)
 
         wire([prompt.submit, go.click], desk.begin, spaces.GPU(duration=gpu_seconds)(desk.generate),
              [prompt, *settings, *options], [views, status, seed, download], preprocess=False, api_name="generate")
@@ -380,8 +166,11 @@ def build_app(studio: Studio, root: Path) -> gr.Blocks:
              [views, status, download], api_name="reconstruct")
         wire([refine.click], desk.begin_refine, desk.refine, options, [status, download], preprocess=False,
              api_name="refine")
-        prepare.click(desk.export, format, other, concurrency_limit=2, api_name="export")
-        gallery.select(desk.show, None, [prompt, *settings, status, views, model, download, other, refine, prepare],
+        prepared = prepare.click(desk.export, format, other, concurrency_limit=2, api_name="export")
+        prepared.success(something_ready, None, other, **quiet)
+        shown.input(desk.look, [shown, download], model, concurrency_limit=2, api_visibility="private")
+        gallery.select(desk.show, None,
+                       [prompt, *settings, status, views, model, download, other, shown, refine, prepare],
                        queue=False, show_progress="hidden", api_visibility="private")
         stop.click(desk.stop, None, stop, **quiet)
         demo.unload(desk.leave)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,8 +37,9 @@ def main(argv: list[str] | None = None) -> int:
             updates = studio.generate(work, output, options=options)
         done = show(updates)
         asset = done.asset
+        record = json.loads(done.run_file.read_text("utf-8"))
         others = [export(name, asset.mesh, asset.surface.views, asset.surface.cameras,
-                         output.with_name(f"{output.stem}{FORMATS[name].suffix}")) for name in args.also]
+                         output.with_name(f"{output.stem}{FORMATS[name].suffix}"), extras=record) for name in args.also]
     except (ValueError, OSError) as error:
         print(f"\ncoser: {error}", file=sys.stderr)
         return 1

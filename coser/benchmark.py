@@ -23,9 +23,10 @@ from pathlib import Path
 
 import torch
 
-from coser import consistency, reconstruction, studio, train_denoiser
+from coser import consistency, finishing, reconstruction, studio, train_denoiser
 from coser.cameras import Cameras
 from coser.data.dataset import RingBatch
+from coser.devices import choose_device, choose_dtype
 from coser.models.unet import MultiviewUNet
 from coser.optimizer import MasterOptimizer
 from coser.pipeline import CoSERPipeline, PromptEmbeds
@@ -66,7 +67,9 @@ def watch_run(watch: Watch, pipeline: CoSERPipeline) -> None:
     watch.add(reconstruction, "simplify", "simplifying")
     watch.add(reconstruction, "color_vertices", "colouring")
     watch.add(reconstruction, "with_normals", "normals")
-    watch.add(studio, "save_glb", "GLB writing")
+    watch.add(reconstruction, "bake_texture", "unwrapping and texture")
+    watch.add(finishing, "place", "placing")
+    watch.add(studio, "export", "GLB writing and checking")
 
 
 def time_run(made: Studio, request: GenerationRequest, folder: Path) -> tuple[float, dict[str, Stage]]:

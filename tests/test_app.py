@@ -18,6 +18,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 import app
+import desk as desks
 from coser.cameras import Cameras
 from coser.examples import load_examples
 from coser.pipeline import CoSERPipeline
@@ -107,7 +108,7 @@ def ring(tmp_path_factory):
 
 def test_pictures_of_ones_own_become_an_asset(visitor, ring):
     files = [handle_file(path) for path in sorted(ring.iterdir())]
-    picture, status, glb = visitor().predict(files, 20, **ASSET, api_name="/reconstruct")
+    picture, status, glb = visitor().predict(files, **ASSET, api_name="/reconstruct")
     assert status["stage"] == "done" and Image.open(picture).width > 700
     assert welded(glb).is_watertight and mean_color(glb).argmax() == 2
 
@@ -154,7 +155,7 @@ def test_visitors_at_the_same_time_get_their_own_objects(visitor):
 @pytest.fixture
 def desk(tmp_path):
     """The page's events, around no studio at all: what needs one fails."""
-    return app.Desk(None, tmp_path, load_examples(app.EXAMPLES))
+    return desks.Desk(None, tmp_path, load_examples(app.EXAMPLES))
 
 
 def choose(desk, index):
@@ -164,9 +165,10 @@ def choose(desk, index):
 
 def test_a_chosen_example_fills_the_fields_with_what_it_was_made_from(desk):
     for index, example in enumerate(desk.examples):
-        prompt, *settings, status, views, model, download, other, refine, prepare = choose(desk, index)
-        assert other is None and not refine.interactive and not prepare.interactive
-        assert app.checked(prompt, *settings) == example.request
+        prompt, *settings, status, views, model, download, other, shown, refine, prepare = choose(desk, index)
+        assert shown.value == "glb" and not other.visible
+        assert not any(part.interactive for part in (shown, refine, prepare))
+        assert desks.checked(prompt, *settings) == example.request
         assert (views, model) == (str(example.views), str(example.glb))
         assert Path(download.value["path"]).read_bytes() == example.glb.read_bytes()
         assert "Pre-made example" in status["message"] and f"“{example.checkpoint}”" in status["message"]

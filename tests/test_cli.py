@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 import trimesh
 from drawn_pipeline import NOTHING, DrawnPipeline, box_views, mean_color, welded
 from PIL import Image

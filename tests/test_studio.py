@@ -10,7 +10,6 @@ import numpy as np
 import pygltflib
 import pytest
 import torch
-import trimesh
 from drawn_pipeline import NOTHING, DrawnPipeline, box_views, mean_color, welded
 
 from coser.cameras import Cameras

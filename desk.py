@@ -1,0 +1,259 @@
+"""What the page's events do: check a visitor's values, run the studio, keep the files; the layout is in app.py."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import gradio as gr
+
+from coser.examples import Example
+from coser.finishing import FinishedAsset, load_finished, save_finished
+from coser.own_views import load_views
+from coser.reconstruction.exports import FORMATS, export
+from coser.request import AssetOptions, GenerationRequest
+from coser.sessions import current_run, file_name, remove_old_runs, run_folder, session_folder, set_current_run
+from coser.studio import RunUpdate, Studio
+
+STOP = "stop"  # a file of this name in a session's folder asks its run to end; files reach ZeroGPU's worker process too
+FINISHED = "finished.npz"  # in a run's folder: what its asset can be made from again
+ONE_AT_A_TIME = "One at a time: press Stop first."
+NO_FILES = "Choose pictures, or a zip of them, first."
+NO_RUN = "Make an object first: press Generate, or Reconstruct with your own views. Pre-made examples are GLB only."
+
+
+class Desk:
+    """What the page's events do, around one studio and finished examples; visitors are told apart by their session."""
+
+    def __init__(self, studio: Studio, root: Path, examples: list[Example]):
+        self.studio, self.root, self.examples = studio, root, examples
+        self.line: set[str] = set()  # the sessions that work or wait to
+
+    def folder(self, request: gr.Request) -> Path:
+        return session_folder(self.root, request.session_hash or "")
+
+    def begin(self, prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed,
+              consistency, mixers, max_faces, texture_size, coloring, origin, longest_side, request: gr.Request):
+        """Check a prompt's values at once, before any waiting; then clear the stage and turn the buttons round."""
+        checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed, consistency,
+                mixers)
+        checked_asset(max_faces, texture_size, coloring, origin, longest_side)
+        return *self._enter(request), None, gr.DownloadButton(value=None, interactive=False), nothing_ready()
+
+    def begin_rebuild(self, files, elevation, max_faces, texture_size, coloring, origin, longest_side,
+                      request: gr.Request):
+        """The same for views of one's own."""
+        if not files:
+            raise gr.Error(NO_FILES, print_exception=False)
+        checked_asset(max_faces, texture_size, coloring, origin, longest_side)
+        return *self._enter(request), None, gr.DownloadButton(value=None, interactive=False), nothing_ready()
+
+    def begin_refine(self, max_faces, texture_size, coloring, origin, longest_side, request: gr.Request):
+        """The same for other triangles and colours of what is on the stage, which stays until there is news."""
+        checked_asset(max_faces, texture_size, coloring, origin, longest_side)
+        if current_run(self.folder(request)) is None:
+            raise gr.Error(NO_RUN, print_exception=False)
+        return *self._enter(request), gr.skip(), gr.skip(), nothing_ready()
+
+    def _enter(self, request: gr.Request) -> tuple:
+        """Take a place in the line; the progress line and the buttons (Stop last) while one works."""
+        if request.session_hash in self.line:
+            raise gr.Error(ONE_AT_A_TIME, print_exception=False)
+        (self.folder(request) / STOP).unlink(missing_ok=True)
+        remove_old_runs(self.root)
+        ahead = len(self.line)
+        self.line.add(request.session_hash)
+        message = f"Waiting for {ahead} other visitor{'s' if ahead > 1 else ''}" if ahead else "Starting"
+        return status_line("waiting", message), *[gr.Button(interactive=False)] * 4, gr.Button(interactive=True)
+
+    def generate(self, prompt: str, num_views: int, guidance_scale: float, num_inference_steps: int, elevation: float,
+                 seed: int, randomize_seed: bool, consistency: float, mixers: list[str], max_faces: int,
+                 texture_size: int, coloring: str, origin: str, longest_side: float,
+                 request: gr.Request) -> Iterator[tuple]:
+        """Text to 3D: streams (views picture, status, seed, GLB or nothing yet), an item a denoising step.
+
+        prompt: 1 to 300 characters. num_views: 4 to 24. guidance_scale: 1 to 12. num_inference_steps: 1 to 50.
+        elevation: 0 to 30 degrees. seed: 0 to 2147483647, drawn anew with randomize_seed and reported back.
+        consistency: 0 to 1, how much of the views is replaced by the object they make together, at some steps.
+        mixers: which modules between the views work, some of adjacent, trajectory, glance and rectification.
+        max_faces: 500 to 200000. texture_size: 512, 1024, 2048 or 4096. coloring: texture or vertices. origin: feet
+        or center. longest_side: 0.01 to 100 metres.
+        """
+        asked = checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed,
+                        consistency, mixers).with_drawn_seed()
+        options = checked_asset(max_faces, texture_size, coloring, origin, longest_side)
+        name = file_name(asked.prompt, asked.seed)
+        for views, update in self._work(request, lambda run, stop: self.studio.generate(asked, run / name, stop,
+                                                                                        options)):
+            yield views, with_figures(update.status()), update.seed, update.glb and str(update.glb)
+
+    def rebuild(self, files: list[str], elevation: float | None, max_faces: int, texture_size: int, coloring: str, origin: str,
+                longest_side: float, request: gr.Request) -> Iterator[tuple]:
+        """Views of one's own to 3D: streams (views picture, status, GLB or nothing yet).
+
+        files: pictures of one object all around, in the order of their names, or a zip of them; with a
+        transforms.json (NeRF convention) among them, it says where the cameras are. elevation: degrees, of a ring
+        without one; where it is left out, the silhouettes tell. The others as in generate.
+        """
+        options = checked_asset(max_faces, texture_size, coloring, origin, longest_side)
+        if not files:
+            raise gr.Error(NO_FILES, print_exception=False)
+        try:
+            posed = load_views([Path(f) for f in files] if len(files) > 1 else Path(files[0]), elevation=elevation)
+        except (ValueError, OSError) as error:
+            raise told(error) from error
+        title = Path(files[0]).stem if len(files) == 1 else "own views"
+        for views, update in self._work(request, lambda run, stop: self.studio.rebuild(
+                posed, title, run / file_name(title), stop, options)):
+            yield views, with_figures(update.status()), update.glb and str(update.glb)
+
+    def refine(self, max_faces: int, texture_size: int, coloring: str, origin: str, longest_side: float,
+               request: gr.Request) -> Iterator[tuple]:
+        """Other triangles, texture, place or size for the object made last: streams (status, GLB or nothing yet)."""
+        options = checked_asset(max_faces, texture_size, coloring, origin, longest_side)
+        run_file, asset = self._current(request)
+        for _, update in self._work(request, lambda run, stop: self.studio.refine(
+                asset, run_file, run / run_file.with_suffix(".glb").name, stop, options)):
+            yield with_figures(update.status()), str(update.glb) if update.glb else gr.skip()
+
+    def _work(self, request: gr.Request, start: Callable[[Path, Callable[[], bool]], Iterator[RunUpdate]]
+              ) -> Iterator[tuple[str | None, RunUpdate]]:
+        """A run in a folder of its own: its updates, each with the file of the views so far; what it made is kept."""
+        folder = self.folder(request)
+        run = run_folder(folder)
+        shown = views = None
+        try:
+            for update in start(run, (folder / STOP).exists):
+                if update.picture is not shown:  # a file each: gradio itself would rewrite one that is being fetched
+                    shown, views = update.picture, run / f"views-{update.step:02d}.jpg"
+                    shown.save(views, quality=90)
+                if update.asset is not None:
+                    save_finished(update.asset, run / FINISHED)
+                    set_current_run(folder, run)
+                yield views and str(views), update
+        except ValueError as error:
+            raise told(error) from error
+
+    def _current(self, request: gr.Request) -> tuple[Path, FinishedAsset]:
+        """The run file and the asset on this visitor's stage."""
+        run = current_run(self.folder(request))
+        if run is None:
+            raise gr.Error(NO_RUN, print_exception=False)
+        return next(run.glob("*.json")), load_finished(run / FINISHED)
+
+    def export(self, format: str, request: gr.Request) -> str:
+        """The object made last in another format, as a file: {formats}."""
+        if format not in FORMATS:
+            raise gr.Error(f"format must be one of {', '.join(FORMATS)}, got {html.escape(str(format)[:40])}",
+                           print_exception=False)
+        return str(self._exported(format, request))
+
+    def _exported(self, format: str, request: gr.Request) -> Path:
+        """The file of the object made last in a format, written when first asked for."""
+        run_file, asset = self._current(request)
+        path = run_file.with_name(run_file.stem + FORMATS[format].suffix)
+        try:
+            if not path.exists():
+                export(format, asset.mesh, asset.surface.views, asset.surface.cameras, path,
+                       extras=json.loads(run_file.read_text("utf-8")))
+        except (ValueError, OSError) as error:
+            raise told(error) from error
+        return path
+
+    def look(self, shown: str, glb: str | None, request: gr.Request) -> str | None:
+        """What the viewer shows of the object on the stage: its mesh, or Gaussian splats seeded from the surface."""
+        return str(self._exported(shown, request)) if shown == "splat" else glb
+
+    def show(self, chosen: gr.SelectData, request: gr.Request):
+        """Put a finished example on the stage and its prompt and settings into their fields; nothing is computed."""
+        if request.session_hash in self.line:
+            raise gr.Error(ONE_AT_A_TIME, print_exception=False)
+        example = self.examples[chosen.index]
+        asked = example.request
+        set_current_run(self.folder(request), None)
+        message = (f"Pre-made example, drawn earlier by the checkpoint “{example.checkpoint}” (seed {asked.seed}). "
+                   "Generate draws it now.")
+        return (asked.prompt, asked.num_views, asked.guidance_scale, asked.num_inference_steps, asked.elevation,
+                asked.seed, False, asked.consistency, list(asked.mixers), status_line("example", message),
+                str(example.views), str(example.glb), gr.DownloadButton(value=str(example.glb), interactive=True),
+                nothing_ready(), mesh_shown(False), *[gr.Button(interactive=False)] * 2)
+
+    def stop(self, request: gr.Request):
+        """Ask the session's run to end after the step it is in."""
+        (self.folder(request) / STOP).touch()
+        return gr.Button(interactive=False)
+
+    def finish(self, status: dict, glb: str | None, request: gr.Request):
+        """After a run, however it ended: the viewer gets its file (as an output of `generate` it would stay blank)."""
+        self.line.discard(request.session_hash)
+        if status["stage"] not in ("done", "stopped"):
+            status = status_line("stopped", "This run ended early; the message says why.")
+        made = current_run(self.folder(request)) is not None
+        return (status, *[gr.Button(interactive=True)] * 2, *[gr.Button(interactive=made)] * 2,
+                gr.Button(interactive=False), glb, gr.DownloadButton(interactive=glb is not None), mesh_shown(made))
+
+    def leave(self, request: gr.Request):
+        """A visitor closed the page: a run of theirs must not keep the others waiting."""
+        if request.session_hash in self.line:
+            self.line.discard(request.session_hash)
+            (self.folder(request) / STOP).touch()
+
+
+Desk.export.__doc__ = Desk.export.__doc__.format(formats=", ".join(FORMATS))
+
+
+def something_ready() -> gr.File:
+    """The place of a prepared file, in sight."""
+    return gr.File(visible=True)
+
+
+def nothing_ready() -> gr.File:
+    """The place of a prepared file, empty and out of sight."""
+    return gr.File(value=None, visible=False)
+
+
+def mesh_shown(interactive: bool) -> gr.Radio:
+    """The viewer's switch back at the mesh."""
+    return gr.Radio(value="glb", interactive=interactive)
+
+
+def told(error: Exception) -> gr.Error:
+    """What went wrong, as a message for the visitor; names of their own files may hold anything."""
+    return gr.Error(html.escape(str(error), quote=False), print_exception=False)
+
+
+def checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed, consistency,
+            mixers) -> GenerationRequest:
+    """The page's values as a request; what is wrong with them becomes a message for the visitor."""
+    if isinstance(prompt, str) and not prompt.strip():
+        raise gr.Error("Type what to make first, for example: a red barrel. (prompt must not be empty)",
+                       print_exception=False)
+    try:
+        return GenerationRequest(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed,
+                                 randomize_seed, consistency, mixers=mixers)
+    except ValueError as error:
+        raise told(error) from error
+
+
+def checked_asset(*values) -> AssetOptions:
+    """The same for the asset's options."""
+    try:
+        return AssetOptions(*values)
+    except ValueError as error:
+        raise told(error) from error
+
+
+def status_line(stage: str, message: str) -> dict:
+    """The progress line's value while no step has been made."""
+    return with_figures({"stage": stage, "step": 0, "total": 0, "percent": 0, "seconds_left": None, "seed": None,
+                         "message": message, "note": ""})
+
+
+def with_figures(status: dict) -> dict:
+    """A status with the words that the line shows on its right."""
+    parts = [f"{status['percent']} %"] if status["stage"] in ("denoising", "reconstructing") else []
+    if parts and status["seconds_left"] is not None:
+        parts.append(f"{status['seconds_left']:.0f} s left")
+    return status | {"figures": " · ".join(parts)}
