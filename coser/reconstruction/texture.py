@@ -96,8 +96,8 @@ def _plane_weights(corners: Tensor) -> Tensor:
 
 
 def visible_faces(mesh: Mesh, views: ViewSet, cameras: Cameras, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Which views see which faces [F,N], and the views as pictures [N,5,R,R]: colour, un-premultiplied; how far it is
-    to be trusted; and 1 / depth of the mesh."""
+    """Which views see which faces [F,N], and the views as pictures [N,6,R,R]: colour, premultiplied; mask; how far both
+    are to be trusted; and 1 / depth of the mesh."""
     size = views.views.shape[-1]
     side = size * max(1, -(-RASTER_SIZE // size))
     fragments = rasterize(torch.from_numpy(mesh.vertices), torch.from_numpy(mesh.faces), cameras, side)
@@ -110,9 +110,8 @@ def visible_faces(mesh: Mesh, views: ViewSet, cameras: Cameras, tolerance: float
     pairs = seen[corners].any(1)
     nearness = torch.where(hit, 1 / fragments.depths.clamp_min(1e-6), 0.0)[:, None]
     trust = edge_trust(nearness, views, tolerance, cameras)
-    colors, masks = (F.interpolate(t, (side, side), mode="bilinear") for t in (views.views, views.masks))
-    colors = colors / masks.clamp_min(1e-3)
-    return pairs, torch.cat([colors, trust, nearness], 1)
+    shown = F.interpolate(torch.cat([views.views, views.masks], 1), (side, side), mode="bilinear")
+    return pairs, torch.cat([shown, trust, nearness], 1)
 
 
 def edge_trust(nearness: Tensor, views: ViewSet, tolerance: float, cameras: Cameras) -> Tensor:
@@ -148,13 +147,17 @@ def sample_views(mesh: Mesh, texels: Texels, pairs: Tensor, pictures: Tensor,
         for index in asked.split(CHUNK):
             point = points.index_select(0, index)
             uv, depth = (t[0] for t in cameras[view].project(point))
-            picture = F.grid_sample(pictures[view:view + 1], (uv * 2 - 1)[None, None], align_corners=False)[0, :, 0]
+            grid = (uv * 2 - 1)[None, None]
+            picture = F.grid_sample(pictures[view:view + 1], grid, align_corners=False)[0, :, 0]
+            # cubics blur less, but swing beside silhouettes
+            sharp = F.grid_sample(pictures[view:view + 1, :3], grid, "bicubic", align_corners=False)[0, :, 0]
+            color = torch.where(picture[3] > 0.98, sharp, picture[:3] / picture[3].clamp_min(1e-3))
             to_camera = cameras.centers[view] - point
             cosine = (to_camera * normals.index_select(0, index)).sum(-1) / to_camera.norm(dim=-1)
             allowed = depth * (4 / (cameras.focal * pictures.shape[-1])) + 1e-3  # two pixels
             weight = cosine.clamp_min(0)**SQUARENESS + 1e-6
-            weight = weight * picture[3] * (depth - 1 / picture[4].clamp_min(1e-6) < allowed)
-            colors.index_add_(0, index, (picture[:3] * weight).T)
+            weight = weight * picture[4] * (depth - 1 / picture[5].clamp_min(1e-6) < allowed)
+            colors.index_add_(0, index, (color * weight).T)
             trust.index_add_(0, index, weight)
     return colors / trust.clamp_min(1e-20)[:, None], trust
 
