@@ -17,6 +17,7 @@ from coser.reconstruction.fuse import fuse
 from coser.reconstruction.glb import save_glb
 from coser.reconstruction.mesh import Mesh, keep_parts, simplify
 from coser.reconstruction.normals import with_normals
+from coser.reconstruction.slivers import without_slivers
 from coser.reconstruction.texture import bake_texture
 from coser.views import ViewSet
 
@@ -112,7 +113,7 @@ def stream_surface(views: ViewSet, cameras: Cameras, resolution: int = 128) -> I
 def finish(surface: Surface, *, max_faces: int = 10_000, texture_size: int | None = 1024) -> Mesh:
     """Surface => mesh with at most `max_faces` triangles (more only where keeping the budget would tear it), normals,
     uvs and a texture of `texture_size` pixels a side; without one (None) in vertex colours alone, which is quicker."""
-    mesh = with_normals(simplify(surface.mesh, max_faces))
+    mesh = with_normals(without_slivers(simplify(surface.mesh, max_faces)))
     tolerance = TOLERANCE * surface.voxel
     if texture_size is None:
         return replace(mesh, vertex_colors=color_vertices(mesh, surface.views, surface.cameras, tolerance))
