@@ -52,15 +52,15 @@ def test_colours_hollow_out_what_silhouettes_cannot():
     hull = Mesh(*agreed_hull(views.masks, RING, RESOLUTION).surface()[:2])
     fitted = Mesh(*fit(views, RING, RESOLUTION)[:2])
     assert fitted.is_watertight
-    assert fitted.volume < hull.volume - 0.03  # the hollow holds 0.32
-    assert height_over_hollow(fitted) < height_over_hollow(hull) - 0.005
+    assert fitted.volume < hull.volume - 0.05  # the hollow holds 0.32
+    assert height_over_hollow(fitted) < height_over_hollow(hull) - 0.03
 
 
 @pytest.mark.parametrize("solid", [cube(0.5), sphere(0.6, 16)], ids=["cube", "sphere"])
 def test_what_bulges_everywhere_keeps_its_hull(solid):
     views = seen(solid)
     hull = agreed_hull(views.masks, RING, RESOLUTION)
-    *_, last = stream_fit(views, RING, RESOLUTION)
+    *_, last = stream_fit(views, RING, RESOLUTION, steps=(30, 40, 20))
     assert (last.grid.distances >= hull.distances - 1e-6).all()  # it is never left
     mesh, start = (Mesh(*grid.surface()[:2]) for grid in (last.grid, hull))
     assert mesh.is_watertight and 0.85 * start.volume < mesh.volume <= 1.001 * start.volume

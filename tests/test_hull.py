@@ -35,7 +35,8 @@ def moved(cameras: Cameras, scale: float, offset) -> Cameras:
 def test_hull_is_closed_and_shows_the_silhouettes_it_was_made_of(solid):
     mesh = hull_of(solid)
     assert mesh.is_watertight and mesh.volume > 0
-    assert silhouette_iou(silhouettes(mesh, RING), render(*solid, RING, SIZE).masks).min() > 0.88  # thin legs lose a pixel
+    iou = silhouette_iou(silhouettes(mesh, RING), render(*solid, RING, SIZE).masks)
+    assert iou.min() > (0.88 if len(solid[0]) == 120 else 0.96)  # the table's thin legs lose a pixel
 
 
 def test_plain_hull_holds_the_object():

@@ -3,8 +3,9 @@
 Signed distances on a grid are rendered as in Wang et al., "NeuS: Learning neural implicit surfaces by volume rendering
 for multi-view reconstruction", 2021 (eq. 10-13), and follow the gradient of what the pictures then lack. Nothing neural
 is left: the distances are those of the visual hull plus a depression >= 0, which is what is learnt. It starts at
-nothing and is smooth, so places without a mark keep the hull, and thin parts do not melt. The colours that go with a
-surface need no learning: they are the mean of the views that see the place.
+nothing and is smooth, so places without a mark keep the hull, and thin parts do not melt. Where all that is near is as
+wrong, it grows, as carving by colours does (Kutulakos and Seitz, "A theory of shape by space carving", 2000). The
+colours that go with a surface need no learning: they are the mean of the views that see the place.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ SOFTNESS = 0.5  # cells; the scale of the logistic density around the surface
 RECOLOR = 20  # steps between two colourings
 SHALLOW = 1.5  # cells; a view that lies deeper behind its surface says little about a place's colour
 STEP = 0.5  # cells; how far a step moves where the gradient is as strong as it usually is
-MOMENTUM = 0.8
+MOMENTUM = 0.8  # share of a step that goes where the steps before went
+DRIFT = 0.1  # cells; how far a step moves inwards where views disagree about the colour of the surface
+AGREED = 0.08  # in [0,1]; how much they differ on a surface that is right, by blur and misplacement
+SEVERAL = 1.5  # views at least must see a place to disagree about it
 CLEAR = 0.04  # in [0,1]; colours that differ less pull the less, so that noise does not carve
 OPACITY = 1.0  # weight of covered pixels' transparency against colour differences
 DECAY = 0.998  # of a depression that is left a step, where no colour asks for it
@@ -94,6 +98,7 @@ class _Level:
         self.depression = torch.zeros_like(self.hull) if depression is None else F.interpolate(
             depression[None, None], self.shape, mode="trilinear", align_corners=True)[0, 0]
         self.velocity, self.pull = torch.zeros_like(self.hull).view(-1), torch.zeros_like(self.hull).view(-1)
+        self.drift = torch.zeros_like(self.pull)  # inwards, where views disagree
         self.field = torch.zeros(self.hull.numel(), 4, device=self.hull.device)  # distance, red, green, blue
         self.field[:, 0] = self.distances().view(-1)
         size = max(16, views.views.shape[-1] // stride)
@@ -142,7 +147,8 @@ class _Level:
         return (values * weights[..., None]).sum(1)
 
     def recolor(self) -> None:
-        """Gives the cells around the surface the mean colour of the views that see them, or nearly do."""
+        """Gives the cells around the surface the mean colour of the views that see them, or nearly do, and finds the
+        places that these views disagree about: no gradient leads away from where all around is as wrong."""
         band = ((self.field[:, 0] < 2 * self.voxel) & (self.field[:, 0] > -7 * self.voxel)).nonzero()[:, 0]
         seen = torch.zeros(len(self.pictures), self.size**2, device=band.device)
         seen[self.view, self.pixel] = self.depths
@@ -158,7 +164,12 @@ class _Level:
             surface = F.grid_sample(maps[:, 4:], grid, mode="nearest", align_corners=False)[:, 0, 0]
             behind = torch.where(surface > 0, depth - surface, 10 * self.voxel).clamp(0, 10 * self.voxel)
             weight = torch.exp(-behind / (SHALLOW * self.voxel)) * (color[:, 3] > 0.5) + 1e-9
-            self.field[part, 1:] = ((weight[:, None] * color[:, :3]).sum(0) / weight.sum(0)).T
+            total = weight.sum(0)
+            mean = (weight[:, None] * color[:, :3]).sum(0) / total
+            self.field[part, 1:] = mean.T
+            spread = ((weight[:, None] * (color[:, :3] - mean).square()).sum(0) / total).mean(0).sqrt()
+            asked = (total.square() > SEVERAL * weight.square().sum(0)) & (self.field[part, 0].abs() < 1.5 * self.voxel)
+            self.drift[part] = ((spread - AGREED) / AGREED).clamp(0, 1) * asked * (DRIFT * self.voxel)
 
     def step(self, generator: torch.Generator, haste: float) -> float:
         """One step along the gradient of the rendered difference of some rays; that difference."""
@@ -214,7 +225,8 @@ class _Level:
         usual = (pull.square().sum() / (pull != 0).sum().clamp_min(1)).sqrt().clamp_min(1e-12)
         depression = self.depression.view(-1)
         limit = self.voxel / 2
-        moved = DECAY * depression[self.band] + (velocity * (haste * STEP * self.voxel / usual)).clamp(-limit, limit)
+        moved = (velocity * (haste * STEP * self.voxel / usual)).clamp(-limit, limit) + haste * self.drift[self.band]
+        moved += DECAY * depression[self.band]
         depression[self.band] = moved.clamp_min(0)
         smooth = depression[self.neighbours].mean(0)
         depression[self.band] = torch.lerp(depression[self.band], smooth, SMOOTH)

@@ -65,8 +65,8 @@ def visual_hull(masks: Tensor, cameras: Cameras, resolution: int = 128, *, denia
 def agreed_hull(masks: Tensor, cameras: Cameras, resolution: int = 128) -> DistanceGrid:
     """`hull_grid` with as few denials as make a hull that looks like its silhouettes.
 
-    Where one denial leaves a hull that does not, the views contradict each other, and two and more denials are tried, up
-    to a quarter of the views; the best of these is taken.
+    Where one denial leaves a hull that does not, the views contradict each other, and two and more denials are tried,
+    up to a quarter of the views; the best of these is taken. Arguments and errors as for `hull_grid`.
     """
     best, trial = None, min(resolution, TRIAL)
     for denials in range(1, max(1, len(masks) // 4) + 1):
