@@ -108,7 +108,7 @@ def ring(tmp_path_factory):
 
 def test_pictures_of_ones_own_become_an_asset(visitor, ring):
     files = [handle_file(path) for path in sorted(ring.iterdir())]
-    picture, status, glb = visitor().predict(files, **ASSET, api_name="/reconstruct")
+    picture, status, glb = visitor().predict(files, None, **ASSET, api_name="/reconstruct")
     assert status["stage"] == "done" and Image.open(picture).width > 700
     assert welded(glb).is_watertight and mean_color(glb).argmax() == 2
 

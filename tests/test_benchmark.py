@@ -37,9 +37,10 @@ def made(pipeline_folder, monkeypatch):
 def test_every_stage_is_seen_as_often_as_it_runs_and_together_they_are_the_run(made, tmp_path):
     seconds, stages = time_run(made, REQUEST, tmp_path)
     assert {name: stage.calls for name, stage in stages.items()} == {
-        "prompt encoding": 1, "denoising steps": 4, "solver": 4, "previews": 4, "grids": 6, "decoding": 2,
-        "encoding": 1, "rendering": 1, "fusing": 2, "consensus fusing": 0, "checking the fit": 2, "simplifying": 4,
-        "colouring": 2, "normals": 2, "GLB writing": 1, "the rest": 1}  # fused at the last of four steps, and after it
+        "prompt encoding": 1, "denoising steps": 4, "solver": 4, "previews": 4, "grids": 5, "decoding": 2,
+        "encoding": 1, "rendering": 1, "fusing": 2, "consensus fusing": 0, "checking the fit": 2, "simplifying": 6,
+        "colouring": 1, "normals": 2, "unwrapping and texture": 1, "placing": 1, "GLB writing and checking": 1,
+        "the rest": 1}  # fused at the last of four steps, and after it
     assert sum(s.seconds for s in stages.values()) == pytest.approx(seconds)
     assert all((s.seconds > 0) == (s.calls > 0) and s.growth >= 0 for s in stages.values())
 
@@ -47,7 +48,7 @@ def test_every_stage_is_seen_as_often_as_it_runs_and_together_they_are_the_run(m
 def test_watching_changes_nothing(made, tmp_path):
     def functions():
         return (made.pipeline._predict, made.pipeline.vae.latents_to_preview, reconstruction.fuse, studio.grid,
-                studio.save_glb)
+                studio.export)
 
     before = functions()
     for _ in made.generate(REQUEST, tmp_path / "plain.glb"):
