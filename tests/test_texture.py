@@ -13,6 +13,7 @@ from coser.rasterizer import covered_pixels, render
 from coser.reconstruction import finish, find_surface
 from coser.reconstruction.mesh import Mesh
 from coser.reconstruction.normals import with_normals
+from coser.reconstruction.texels import Texels, padded, texels_of
 from coser.reconstruction.texture import bake_texture
 from coser.reconstruction.unwrap import unwrap
 from coser.views import ViewSet
@@ -65,7 +66,7 @@ def test_what_hides_in_front_does_not_paint_what_is_behind():
     seen, truth = (render_mesh(baked, RING, 128), views)
     inside = (seen.masks == 1) & (truth.masks == 1)
     assert ((seen.views - truth.views).abs() * inside).mean() < 2e-3
-    hidden = colors_at(baked, np.array([[0, 0, .1], [.1, -.1, .1]]))  # seen between the two, from the side, or not at all
+    hidden = colors_at(baked, np.array([[0, 0, .1], [.1, -.1, .1]]))  # seen past the white one or not at all
     assert np.allclose(hidden, [.8, .1, .1], atol=0.03)
 
 
@@ -87,7 +88,8 @@ def test_no_view_no_texture():
 def test_one_surface_is_finished_with_any_budget_and_texture_size():
     views = render(*BALL, RING, 96)
     surface = find_surface(views, RING, 48)
-    small, large, plain = (finish(surface, max_faces=f, texture_size=s) for f, s in ((500, 64), (3000, 512), (500, None)))
+    asked = (500, 64), (3000, 512), (500, None)
+    small, large, plain = (finish(surface, max_faces=f, texture_size=s) for f, s in asked)
     assert len(small.faces) <= 500 < len(large.faces) <= 3000
     assert len(small.texture) == 64 and len(large.texture) == 512 and plain.texture is None
     for mesh in (small, large, plain):
@@ -100,3 +102,38 @@ def test_one_surface_is_finished_with_any_budget_and_texture_size():
 def test_a_mesh_without_colours_cannot_be_drawn():
     with pytest.raises(ValueError, match="texture or vertex_colors"):
         render_mesh(mesh_of(BOX), RING, 32)
+
+
+def test_views_that_contradict_each_other_are_not_cut_into_shards():
+    """A rough ball of which neighbouring views have different colours: the texture changes from one to the next within
+    bands, not from face to face."""
+    rough = np.random.default_rng(0).normal(0, 0.006, BALL[0].shape).astype(np.float32)
+    mesh = mesh_of(BALL)
+    mesh = Mesh((mesh.vertices + rough[:len(mesh.vertices)]).astype(np.float32), mesh.faces)
+    white = torch.ones(len(mesh.faces), 3, 3)
+    views = render(torch.from_numpy(mesh.vertices), torch.from_numpy(mesh.faces), white, RING, 96, shade=False)
+    shade = torch.where(torch.arange(8) % 2 == 0, 0.3, 0.7).view(8, 1, 1, 1)
+    baked = bake_texture(mesh, without_depth(ViewSet(views.views * shade, views.masks, views.depths)), RING, 512)
+    middles = baked.uvs.mean(1) * 512
+    grey = baked.texture[middles[:, 1].astype(int), middles[:, 0].astype(int), 0] / 255
+    neighbours = np.sort(np.stack([mesh.faces, np.roll(mesh.faces, -1, 1)], -1).reshape(-1, 2), 1)
+    order = np.lexsort(neighbours.T)
+    step = np.abs(np.diff((np.repeat(grey, 3)[order]).reshape(-1, 2), axis=1))
+    assert grey.max() - grey.min() > 0.3  # both colours are there
+    assert np.quantile(step, 0.95) < 0.12
+
+
+def test_gaps_continue_their_charts_and_nothing_else_changes():
+    texels = Texels(torch.tensor([4, 4, 20]), torch.tensor([4, 5, 20]), torch.zeros(3).long(), torch.ones(3, 3) / 3)
+    colors = torch.tensor([[1., 0, 0], [1, 0, 0], [0, 0, 1]])
+    picture = padded(texels, colors, 32)
+    assert (picture[2:7, 2:8] == [255, 0, 0]).all() and (picture[18:23, 18:23] == [0, 0, 255]).all()
+    assert (picture.astype(int).sum(2) > 0).all()  # nothing is left black
+
+
+def test_texels_know_where_on_their_face_they_lie():
+    uvs = torch.tensor([[[0., 0], [1, 0], [0, 1]]])
+    texels = texels_of(uvs, 16)
+    place = texels.blend(uvs)
+    assert len(texels) == 16 * 15 // 2 or len(texels) == 16 * 17 // 2
+    torch.testing.assert_close(place * 16, torch.stack([texels.column, texels.row], 1) + 0.5, atol=1e-4, rtol=0)

@@ -1,7 +1,7 @@
 """Charts into a square, as in the game of falling blocks: each lands where least is wasted below it.
 
-The packer of Lévy et al., "Least Squares Conformal Maps" (2002), section 4: charts come from the tallest to the lowest,
-and all that is known of the charts that lie already is how high they reach in each column.
+The packer of Lévy et al., "Least Squares Conformal Maps" (2002), section 4: charts come from the tallest to the
+lowest, and all that is known of the charts that lie already is how high they reach in each column.
 """
 
 from __future__ import annotations

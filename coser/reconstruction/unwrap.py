@@ -1,8 +1,8 @@
 """A mesh cut into charts that lie flat beside each other in a square: where each face corner finds its texel.
 
-Faces that look much the same way and hang together are a chart, as seen from that way. On 12 meshes of 10,000 faces this
-takes 0.3 s of one core, where growing charts one face after another (xatlas) takes 1.2 s and charts fill a quarter more
-of the square.
+Faces that look much the same way and hang together are a chart, as seen from that way. On 12 meshes of 10,000 faces
+this takes 0.3 s of one core and charts fill 55 % of the square; growing charts one face after another (xatlas) takes
+1.2 s and fills 70 %.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FLATTEST_COS = 0.1  # unless it is small and has no chart of its own
 COMPANY = 0.6  # what neighbours of the same chart are worth, against squareness
 ROUNDS = 8
 SMALL = 2e-4  # of the whole area; smaller charts join a neighbour
-OVERLAP_SIZE = 512  # texels along the side of a square as large as all charts together; overlaps are looked for in these
+OVERLAP_SIZE = 512  # overlaps are looked for on a grid of this many squared places over all charts
 
 
 def unwrap(mesh: Mesh, texture_size: int) -> np.ndarray:
@@ -113,8 +113,8 @@ def _components(count: int, pairs: np.ndarray) -> np.ndarray:
 
 
 def _flattened(corners, normals, area, chart, looks) -> tuple[np.ndarray, np.ndarray]:
-    """Faces' corners [F,3,3] seen from their chart's mean normal, or from where the faces look where that would turn one
-    over: [F,3,2], y down, as large as in space over the whole chart; and the middles' heights towards there [F]."""
+    """Faces' corners [F,3,3] seen from their chart's mean normal, or from where the faces look where that would turn
+    one over: [F,3,2], y down, as large as in space over the whole chart; and the middles' heights towards there [F]."""
     count = chart.max() + 1
     mean = np.stack([np.bincount(chart, area * normals[:, k], count) for k in range(3)], -1)
     mean /= np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-20)
