@@ -11,6 +11,9 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 HAIRS = (3e-4, 1e-3, 3e-3)  # of the mesh's longest side
+# how quickly collapses become dearer: the careful way keeps silhouettes (IoU at 500 triangles .943, in haste .934), but
+# does not always get that far
+HASTES = 4.0, 5.0
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,10 @@ def _collapse(mesh: Mesh, target: int) -> Mesh:
     best = mesh
     for hair in (0.0, *HAIRS):
         noise = np.random.default_rng(0).standard_normal(mesh.vertices.shape)
-        shaken = (mesh.vertices + hair * length * noise).astype(np.float32)
-        vertices, faces = fast_simplification.simplify(shaken, mesh.faces, target_count=target, agg=5.0)
+        vertices, faces = (mesh.vertices + hair * length * noise).astype(np.float32), mesh.faces
+        for haste in HASTES:
+            if len(faces) > target:
+                vertices, faces = fast_simplification.simplify(vertices, faces, target_count=target, agg=haste)
         if len(faces) < len(best.faces):
             best = _compact(vertices.astype(np.float32), faces.astype(np.int64))
         if len(faces) <= target:
