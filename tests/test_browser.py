@@ -6,12 +6,16 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_pipeline import welded
+from drawn_pipeline import box_views, welded
 from PIL import Image
+
+from coser.cameras import Cameras
+from coser.views import views_to_uint8
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = ("--no-sandbox --disable-quic --disable-background-networking --use-gl=angle --use-angle=swiftshader "
@@ -86,8 +90,42 @@ def test_a_prompt_becomes_an_object_that_turns_and_downloads(page, tmp_path):
     download.value.save_as(tmp_path / download.value.suggested_filename)
     assert download.value.suggested_filename == "a-red-barrel-0.glb"
     mesh = welded(tmp_path / download.value.suggested_filename)
-    assert mesh.is_watertight and len(mesh.faces) > 100
+    assert mesh.is_watertight and len(mesh.faces) > 1000
+
+    page.click("#asset button")
+    page.wait_for_timeout(1500)  # opened for the first time: what is typed at once would be lost
+    page.fill("#max-faces input[type=number]", "1000")
+    page.press("#max-faces input[type=number]", "Tab")
+    page.wait_for_function("document.querySelector('#max-faces input[type=range]').value == '1000'")
+    page.click("#refine")  # other triangles without drawing again
+    page.wait_for_function("/: (9\\d\\d|1,000) triangles/.test(document.querySelector('#status .done')?.innerText)")
+    page.wait_for_selector("#prepare:enabled")
+    page.click("#prepare")
+    with page.expect_download() as download:
+        page.locator("#other a").first.click()
+    download.value.save_as(tmp_path / download.value.suggested_filename)
+    with zipfile.ZipFile(tmp_path / "a-red-barrel-0-obj.zip") as parts:
+        assert {Path(name).suffix for name in parts.namelist()} == {".obj", ".mtl", ".png"}
     assert page.asked_elsewhere == []
+
+
+def test_pictures_of_ones_own_become_an_object_that_turns(page, tmp_path):
+    views = box_views("a blue box", Cameras.orbit(6))
+    with zipfile.ZipFile(tmp_path / "box.zip", "w") as pictures:
+        for i, view in enumerate(views_to_uint8(views)):
+            file = io.BytesIO()
+            Image.fromarray(view).save(file, "PNG")
+            pictures.writestr(f"{i}.png", file.getvalue())
+    page.click("button[role=tab]:has-text('own views')")
+    page.set_input_files("#files input[type=file]", tmp_path / "box.zip")
+    page.wait_for_selector("#files >> text=box.zip")
+    page.fill("#ring input", "20")
+    page.click("#rebuild")
+    page.wait_for_selector("#status .done")
+    assert "closed ring" in page.inner_text("#status .note")
+    shown = drawn(page, page.wait_for_selector("#model canvas"))
+    object_ = shown[np.abs(shown - shown[0, 0]).max(-1) > 60]
+    assert object_.mean(0).argmax() == 2 and page.asked_elsewhere == []
 
 
 def test_an_example_is_shown_at_once_without_drawing(page, tmp_path):
