@@ -89,8 +89,8 @@ class Desk:
                                                                                         options)):
             yield views, with_figures(update.status()), update.seed, update.glb and str(update.glb)
 
-    def rebuild(self, files: list[str], elevation: float | None, max_faces: int, texture_size: int, coloring: str, origin: str,
-                longest_side: float, request: gr.Request) -> Iterator[tuple]:
+    def rebuild(self, files: list[str], elevation: float | None, max_faces: int, texture_size: int, coloring: str,
+                origin: str, longest_side: float, request: gr.Request) -> Iterator[tuple]:
         """Views of one's own to 3D: streams (views picture, status, GLB or nothing yet).
 
         files: pictures of one object all around, in the order of their names, or a zip of them; with a

@@ -8,13 +8,12 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from coser.agreement import cross_render_psnr
-from coser.evaluate_prompts import SMALL, contact_sheet, sheet_row
+from coser.evaluate_prompts import add_drawing_options, contact_sheet, sheet_row
 from coser.metrics import sharpness
 from coser.pipeline import CoSERPipeline, MultiviewStep
 
@@ -78,17 +77,8 @@ def markdown(scores: list[dict]) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, default=SMALL)
-    parser.add_argument("--prompts", type=Path, required=True, help="text file, a prompt a line")
+    add_drawing_options(parser)
     parser.add_argument("--limit", type=int, help="only so many of the prompts")
-    parser.add_argument("--sheet", type=Path, help="where the pictures go (PNG or WebP): a row a prompt and variant")
-    parser.add_argument("--json", type=Path, help="file for all scores")
-    parser.add_argument("--num-views", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance-scale", type=float, default=4.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run(options: argparse.Namespace) -> None:

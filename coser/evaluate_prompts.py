@@ -94,19 +94,24 @@ def contact_sheet(rows: list[tuple[str, np.ndarray]], columns: int = 2) -> Image
     return sheet
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_drawing_options(parser: argparse.ArgumentParser) -> None:
+    """What every evaluation of drawn prompts takes."""
     parser.add_argument("--checkpoint", type=Path, default=SMALL)
     parser.add_argument("--prompts", type=Path, required=True, help="text file, a prompt a line")
-    parser.add_argument("--sheet", type=Path, help="where the contact sheet goes (PNG)")
-    parser.add_argument("--json", type=Path, help="file for the scores of every prompt")
+    parser.add_argument("--sheet", type=Path, help="where the contact sheet goes (PNG or WebP)")
+    parser.add_argument("--json", type=Path, help="file for all scores")
     parser.add_argument("--num-views", type=int, default=12)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
-    parser.add_argument("--consistency", type=float, default=CONSISTENCY,
-                        help="share of the fused object (default %(default)s, the app's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_drawing_options(parser)
+    parser.add_argument("--consistency", type=float, default=CONSISTENCY,
+                        help="share of the fused object (default %(default)s, the app's)")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from coser.cameras import ELEVATION, Cameras
 from coser.data.assets import Asset, list_assets, load_mesh
 from coser.metrics import psnr, render_mesh, sharpness, ssim
 from coser.rasterizer import render
-from coser.reconstruction import Mesh, Surface, find_surface, finish, reconstruct
+from coser.reconstruction import Mesh, Surface, finish, reconstruct
 from coser.reconstruction.hull import visual_hull
 from coser.reconstruction.maps import pixel_size
 from coser.surface_metrics import Truth, look_at_truth, surface_figures

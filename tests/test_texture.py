@@ -1,6 +1,5 @@
 """Textures: charts that keep apart, colours from the views that see a place, and calm where none does."""
 
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from coser.metrics import psnr, render_mesh
 from coser.rasterizer import covered_pixels, render
 from coser.reconstruction import finish, find_surface
 from coser.reconstruction.mesh import Mesh
-from coser.reconstruction.normals import with_normals
 from coser.reconstruction.texels import Texels, padded, texels_of
 from coser.reconstruction.texture import bake_texture
 from coser.reconstruction.unwrap import unwrap
