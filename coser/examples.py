@@ -17,11 +17,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from coser.request import GenerationRequest
+from coser.request import AssetOptions, GenerationRequest
 from coser.sessions import file_name
 from coser.studio import SMALL, TILE, RunUpdate, Studio, log_to_terminal
 
-MAX_FACES = 10_000  # half of a run's budget: twelve examples lie in every clone of the repository
+ASSET = AssetOptions(max_faces=5000, texture_size=512)  # twelve examples lie in every clone of the repository
 QUALITY = 85  # of the WebP: an eighteenth of the PNG, and hard to tell from it
 
 
@@ -81,7 +81,7 @@ def make_examples(studio: Studio, requests: Iterable[GenerationRequest], folder:
     for request in requests:
         name = Path(file_name(request.prompt, request.seed))
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            for done in studio.generate(request, Path(unfinished) / name, max_faces=MAX_FACES):
+            for done in studio.generate(request, Path(unfinished) / name, options=ASSET):
                 pass
             for path in _smaller(done, studio.checkpoint, weights_sha256):
                 os.replace(path, folder / path.name)

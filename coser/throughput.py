@@ -13,6 +13,7 @@ from coser.stopwatch import attention_flop, synchronize
 
 # Side of the matrices, and products a timing: on a GPU one alone would be timed with its launch.
 BF16_PRODUCTS = {"cuda": (8192, 10), "cpu": (2048, 2)}
+PROBE_SIZE, LONGEST_PRODUCT = 256, 0.5  # seconds
 
 
 def attention_backward_flop(grad_out, query, key, value, *rest, **named) -> int:
@@ -38,18 +39,27 @@ def flop_of(work: Callable[[], object]) -> int:
 
 
 def bf16_matmul_rate(device: torch.device) -> float:
-    """TFLOP/s of a large square bf16 matrix product, the best of four timings."""
+    """TFLOP/s of a large square bf16 matrix product, the best of four timings.
+
+    Of a smaller one where that would take long: processors without bfloat16 need a minute for what others do at once.
+    """
     size, repeats = BF16_PRODUCTS.get(device.type, BF16_PRODUCTS["cpu"])
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    best = float("inf")
-    for _ in range(4):
-        synchronize(device)
-        began = time.perf_counter()
-        for _ in range(repeats):
-            a @ b
-        synchronize(device)
-        best = min(best, time.perf_counter() - began)
+    if device.type != "cuda":
+        probe = _bf16_product_seconds(device, PROBE_SIZE, 1)
+        while size > PROBE_SIZE and probe * (size / PROBE_SIZE) ** 3 > LONGEST_PRODUCT:
+            size //= 2
+    best = min(_bf16_product_seconds(device, size, repeats) for _ in range(4))
     return 2 * size**3 * repeats / best / 1e12
+
+
+def _bf16_product_seconds(device: torch.device, size: int, repeats: int) -> float:
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        a @ b
+    synchronize(device)
+    return time.perf_counter() - began
 
 
 class Throughput:
