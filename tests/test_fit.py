@@ -71,8 +71,9 @@ def test_last_step_carries_the_grid_and_equals_fit():
     steps = list(stream_fit(views, RING, RESOLUTION, steps=FEW))
     assert [step.index for step in steps] == list(range(steps[0].total + 1))
     assert all(step.grid is None for step in steps[:-1])
-    for streamed, returned in zip(steps[-1].grid.surface(), fit(views, RING, RESOLUTION, steps=FEW)):
-        assert np.array_equal(streamed, returned)
+    vertices, _, voxel = fit(views, RING, RESOLUTION, steps=FEW)
+    off = steps[-1].grid.at(torch.from_numpy(vertices)).abs()
+    assert steps[-1].grid.voxel == voxel and off.max() < 0.02 * voxel  # threads add up in no fixed order
 
 
 def test_stream_surface_fits_views_without_depth_and_gives_them_depths():

@@ -65,8 +65,8 @@ def stream_fit(views: ViewSet, cameras: Cameras, resolution: int = 128, *, seed:
 
     views: N >= 1 square views that each show something; depths are not used. cameras: their N perspective cameras,
     anywhere, of objects of any size. resolution, errors, and what happens to views that contradict each other: as for
-    `agreed_hull`. seed: of the rays that are drawn; on a CPU the same seed makes the same surface. steps: of the three
-    levels, whose cells are four, two and one of the finest grid's. Every step is a moment to leave.
+    `agreed_hull`. seed: of the rays that are drawn; on a CPU the same seed makes the same surface but for rounding.
+    steps: of the three levels, whose cells are four, two and one of the finest grid's. Every step is a moment to leave.
     """
     hull = agreed_hull(views.masks, cameras, resolution)
     cameras = cameras.to(views.views.device)
