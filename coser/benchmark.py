@@ -62,7 +62,7 @@ def watch_run(watch: Watch, pipeline: CoSERPipeline) -> None:
     watch.add(consistency, "render_mesh", "rendering")
     watch.add(reconstruction, "fuse", "fusing")
     watch.add(reconstruction, "fuse_consensus", "consensus fusing")
-    watch.add(reconstruction, "_fit", "checking the fit")
+    watch.add(reconstruction, "silhouette_likeness", "checking the fit")
     watch.add(reconstruction, "keep_parts", "simplifying")
     watch.add(reconstruction, "simplify", "simplifying")
     watch.add(reconstruction, "color_vertices", "colouring")

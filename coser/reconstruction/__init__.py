@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
 from coser.cameras import Cameras
 from coser.rasterizer import rasterize
@@ -15,6 +14,7 @@ from coser.reconstruction.consensus import fuse_consensus
 from coser.reconstruction.fit import stream_fit
 from coser.reconstruction.fuse import fuse
 from coser.reconstruction.glb import save_glb
+from coser.reconstruction.likeness import silhouette_likeness
 from coser.reconstruction.mesh import Mesh, keep_parts, simplify
 from coser.reconstruction.normals import with_normals
 from coser.reconstruction.slivers import without_slivers
@@ -28,7 +28,6 @@ QUICK = {"max_faces": 20_000, "texture_size": None}  # options where a mesh is o
 SPECK = 4.0  # voxels; parts that span less are noise
 # Mean IoU of a mesh with the views it was made of. Views of a real object give .97 and more.
 CONTRADICTION = 0.93
-CHECKED_SIZE = 64  # pixels; contradictions worth a second fusion are larger than a pixel of this picture
 CHECKED_FACES = 20_000
 TOLERANCE = 1.5  # voxels; how far a view's depth usually lies from the surface
 
@@ -136,7 +135,8 @@ def _carved_or_agreed(views: ViewSet, cameras: Cameras, resolution: int) -> tupl
             error = error or nothing_found
             continue
         mesh = keep_parts(Mesh(vertices, faces), SPECK * voxel)
-        fit = _fit(simplify(mesh, CHECKED_FACES), views, cameras)
+        checked = simplify(mesh, CHECKED_FACES)
+        fit = silhouette_likeness(checked.vertices, checked.faces, views.masks, cameras)
         if best is None or fit > best[0]:
             best = fit, mesh, voxel
         if best[0] >= CONTRADICTION:
@@ -144,12 +144,3 @@ def _carved_or_agreed(views: ViewSet, cameras: Cameras, resolution: int) -> tupl
     if best is None:
         raise error
     return best[1:]
-
-
-def _fit(mesh: Mesh, views: ViewSet, cameras: Cameras) -> float:
-    """Mean IoU of the mesh's silhouettes with the views', in small pictures."""
-    vertices, faces = torch.from_numpy(mesh.vertices), torch.from_numpy(mesh.faces)
-    seen = rasterize(vertices, faces, cameras.to("cpu"), CHECKED_SIZE).faces >= 0
-    masks = F.interpolate(views.masks.cpu(), (CHECKED_SIZE, CHECKED_SIZE), mode="area")[:, 0] >= 0.5
-    union = (seen | masks).sum((1, 2)).clamp_min(1)
-    return float(((seen & masks).sum((1, 2)) / union).mean())

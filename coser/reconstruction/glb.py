@@ -72,8 +72,8 @@ def save_glb(mesh: Mesh, path: str | Path, extras: dict | None = None) -> Path:
     return Path(path)
 
 
-def png_bytes(texture: np.ndarray) -> bytes:
-    """A picture uint8 [H,W,3] as a PNG file's bytes."""
+def png_bytes(picture: np.ndarray) -> bytes:
+    """A picture, uint8 [H,W,3] or [H,W,4] or uint16 [H,W], as a PNG file's bytes."""
     file = io.BytesIO()
-    Image.fromarray(texture).save(file, "PNG")
+    Image.fromarray(picture).save(file, "PNG")
     return file.getvalue()

@@ -16,7 +16,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from coser.cameras import Cameras, pixel_centers
-from coser.rasterizer import rasterize
+from coser.reconstruction.likeness import silhouette_likeness
 from coser.reconstruction.maps import REACH, pixel_size, silhouette_distances
 from coser.reconstruction.surface import closed_surface
 
@@ -24,7 +24,7 @@ FINEST = 1.5  # pixels; a finer grid would cost time and show nothing more
 MARGIN = 3  # cells of air around the object
 BLOCK = 4  # cells; away from the surface one distance in so many is worked out, the others lie between
 SEARCH = 28  # cells a side of the grids that the object's box is searched with
-TRIAL = 64  # cells and pixels a side where contradictions are looked for
+TRIAL = 64  # cells a side where contradictions are looked for
 CONTRADICTED = 0.9  # mean IoU of a hull with its silhouettes; less than this is more than a pixel around thin parts
 TOUCH = 0.3  # cells; a sight line that passes the hull this closely touches it
 WIDEST = 95.0  # degrees between neighbouring views; sight lines further apart meet too far from the object
@@ -76,19 +76,12 @@ def agreed_hull(masks: Tensor, cameras: Cameras, resolution: int = 128) -> Dista
             if denials == max(1, len(masks) // 4) and best is None:
                 raise
             continue
-        likeness = _likeness(vertices, faces, masks, cameras)
+        likeness = silhouette_likeness(vertices, faces, masks, cameras)
         if best is None or likeness > best[0] + 0.01:
             best = likeness, denials
         if likeness >= CONTRADICTED:
             break
     return hull_grid(masks, cameras, resolution, denials=best[1])
-
-
-def _likeness(vertices: np.ndarray, faces: np.ndarray, masks: Tensor, cameras: Cameras) -> float:
-    """Mean IoU of a mesh's silhouettes with the masks, in small pictures."""
-    seen = rasterize(torch.from_numpy(vertices), torch.from_numpy(faces), cameras.to("cpu"), TRIAL).faces >= 0
-    masks = F.interpolate(masks.cpu(), (TRIAL, TRIAL), mode="area")[:, 0] >= 0.5
-    return float(((seen & masks).sum((1, 2)) / (seen | masks).sum((1, 2)).clamp_min(1)).mean())
 
 
 def hull_grid(masks: Tensor, cameras: Cameras, resolution: int = 128, *, denials: int = 1,

@@ -5,7 +5,6 @@ Everything is in the frame of the reconstruction, whatever became of the mesh: s
 
 from __future__ import annotations
 
-import io
 import json
 import zipfile
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image
 
 from coser.cameras import Cameras
 from coser.reconstruction.archive import add
+from coser.reconstruction.glb import png_bytes
 from coser.reconstruction.reload import expect_close, expect_equal
 from coser.transforms import cameras_to_transforms, transforms_to_cameras
 from coser.views import ViewSet
@@ -43,9 +43,9 @@ def save_views(views: ViewSet, cameras: Cameras, path: str | Path, extras: dict 
     with zipfile.ZipFile(path, "w") as archive:
         add(archive, "transforms.json", json.dumps(transforms, indent=1).encode("utf-8"))
         for name, picture in zip(names, _rgba(views)):
-            add(archive, name, _png(picture))
+            add(archive, name, png_bytes(picture))
         for name, picture in zip(depth_names or [], depths):
-            add(archive, name, _png(picture))
+            add(archive, name, png_bytes(picture))
     return Path(path)
 
 
@@ -80,12 +80,6 @@ def _depth_steps(views: ViewSet) -> tuple[np.ndarray, float | None]:
         return np.zeros(depths.shape, np.uint16), None
     step = farthest / STEPS
     return np.where(depths > 0, (depths / step).round().clip(1, STEPS), 0).astype(np.uint16), step
-
-
-def _png(picture: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
-    return file.getvalue()
 
 
 def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray:
