@@ -15,8 +15,8 @@ from torch import Tensor
 
 from coser.cameras import Cameras
 from coser.photographs import Photograph, distort
-from coser.rasterizer import rasterize
 from coser.reconstruction.hull import visual_hull
+from coser.reconstruction.likeness import silhouette_likeness
 from coser.views import ViewSet
 
 FINER = 2.0  # a photograph may be as much finer than its view
@@ -64,9 +64,7 @@ def agreement(masks: Tensor, cameras: Cameras) -> Tensor:
         vertices, faces, _ = visual_hull(masks, cameras, CHECKED_CELLS, floor=False)
     except ValueError:
         return torch.zeros(len(masks))
-    hull = rasterize(torch.from_numpy(vertices), torch.from_numpy(faces), cameras, CHECKED_SIZE).faces >= 0
-    solid = masks[:, 0] >= 0.5
-    return (hull & solid).sum((1, 2)) / (hull | solid).sum((1, 2)).clamp_min(1)
+    return silhouette_likeness(vertices, faces, masks, cameras)
 
 
 def turns(photographs: list[Photograph], middle: np.ndarray) -> tuple[np.ndarray, float]:

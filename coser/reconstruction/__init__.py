@@ -136,7 +136,7 @@ def _carved_or_agreed(views: ViewSet, cameras: Cameras, resolution: int) -> tupl
             continue
         mesh = keep_parts(Mesh(vertices, faces), SPECK * voxel)
         checked = simplify(mesh, CHECKED_FACES)
-        fit = silhouette_likeness(checked.vertices, checked.faces, views.masks, cameras)
+        fit = float(silhouette_likeness(checked.vertices, checked.faces, views.masks, cameras).mean())
         if best is None or fit > best[0]:
             best = fit, mesh, voxel
         if best[0] >= CONTRADICTION:

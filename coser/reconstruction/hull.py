@@ -76,7 +76,7 @@ def agreed_hull(masks: Tensor, cameras: Cameras, resolution: int = 128) -> Dista
             if denials == max(1, len(masks) // 4) and best is None:
                 raise
             continue
-        likeness = silhouette_likeness(vertices, faces, masks, cameras)
+        likeness = float(silhouette_likeness(vertices, faces, masks, cameras).mean())
         if best is None or likeness > best[0] + 0.01:
             best = likeness, denials
         if likeness >= CONTRADICTED:

@@ -13,9 +13,9 @@ from coser.rasterizer import rasterize
 SIZE = 64  # pixels a side; contradictions worth a second try are larger than a pixel of this picture
 
 
-def silhouette_likeness(vertices: np.ndarray, faces: np.ndarray, masks: Tensor, cameras: Cameras) -> float:
-    """Mean IoU of a mesh's silhouettes (vertices [V,3], faces [F,3]) with masks [N,1,S,S], in small pictures."""
+def silhouette_likeness(vertices: np.ndarray, faces: np.ndarray, masks: Tensor, cameras: Cameras) -> Tensor:
+    """IoU [N] of a mesh's silhouettes (vertices [V,3], faces [F,3]) with masks [N,1,S,S], in small pictures."""
     seen = rasterize(torch.from_numpy(vertices), torch.from_numpy(faces), cameras.to("cpu"), SIZE).faces >= 0
     covered = F.interpolate(masks.cpu(), (SIZE, SIZE), mode="area")[:, 0] >= 0.5
     union = (seen | covered).sum((1, 2)).clamp_min(1)
-    return float(((seen & covered).sum((1, 2)) / union).mean())
+    return (seen & covered).sum((1, 2)) / union
