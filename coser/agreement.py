@@ -192,6 +192,34 @@ def neighbour_depth_agreement(views: ViewSet, cameras: Cameras, tolerance: float
     return torch.stack(shares)
 
 
+def neighbour_color_psnr(views: ViewSet, truth: ViewSet, cameras: Cameras, tolerance: float = 0.02) -> float:
+    """How alike views i and i + 1 paint the same places of the true surface: PSNR in decibels over all of them.
+
+    Every pixel of the true surface is carried into the next view by its true depth, and counts where that one truly
+    sees it (within `tolerance`, world units); pixels that the background shares in do not. Needs no mesh of the views, so it also measures views that are far from
+    finished. Raises ValueError for fewer than 2 views, and where no place is seen twice.
+    """
+    _check_ring(views, cameras, 2, "compare neighbours")
+    points, shown = surface_points(truth, cameras)
+    pictures, squares = views.on_background().float(), []
+    size = pictures.shape[-1]
+    for i in range(len(views)):
+        j = (i + 1) % len(views)
+        uv, depth = (t[0] for t in cameras[j:j + 1].project(points[i][shown[i]]))
+        grid = (uv * 2 - 1)[None, None]
+        there = F.grid_sample(truth.depths[j:j + 1].float(), grid, mode="nearest", align_corners=False)[0, 0, 0]
+        inside = F.grid_sample(truth.masks[j:j + 1].float(), grid, align_corners=False)[0, 0, 0]
+        inside = torch.minimum(inside, truth.masks[i].flatten()[shown[i].flatten()])
+        seen = ((there - depth).abs() < tolerance) & (inside > 0.99)
+        color = F.grid_sample(pictures[j:j + 1], grid, align_corners=False)[0, :, 0].T
+        own = pictures[i].flatten(1).T[shown[i].flatten()]
+        squares.append((color - own)[seen].square().mean(-1))
+    errors = torch.cat(squares)
+    if not len(errors):
+        raise ValueError(f"views of {size} pixels share no place of the true surface")
+    return float(-10 * errors.mean().clamp_min(1e-10).log10())
+
+
 def shuffled_ring(views: ViewSet, seed: int = 0) -> ViewSet:
     """The same views in a random order: none in its own place, and not just the ring turned. What chance gives.
 

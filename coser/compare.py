@@ -1,9 +1,10 @@
-"""Compare trainings of the denoiser: equal time, same seeds, held-out figures side by side.
+"""Compare trainings of the denoiser: equal time or steps, same seeds, held-out figures side by side.
 
 `python -m coser.compare coser/data/comparisons/conditioning.json --out runs/compare/conditioning --minutes 5
 --seeds 0 1 --arguments "--renders R --held-out H --autoencoder V"` trains every variant of the file with every seed,
-one after the other, for so many minutes of computing, and writes table.md and table.json after each. A finished run is
-not repeated: the same line again goes on, also with more seeds.
+one after the other, for so many minutes of computing (or so many --steps: the same samples, however long they take),
+and writes table.md and table.json after each. A finished run is not repeated: the same line again goes on, also with
+more seeds, and several at once share the runs of a folder.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from coser import train
-from coser.cameras import Cameras
+from coser.agreement import neighbour_color_psnr
 from coser.data.dataset import list_rings, step_generator
 from coser.data.render import load_ring
 from coser.metrics import silhouette_iou
@@ -26,7 +29,7 @@ from coser.pipeline import CoSERPipeline
 from coser.train_autoencoder import autoencoder_figures
 from coser.train_loop import checkpoints
 
-RINGS, VIEWS = 12, 6  # held-out rings whose estimates are decoded, and views of each
+RINGS, VIEWS = 12, 12  # held-out rings whose estimates are decoded, and views of each
 LEVELS = (0.85, 0.97)  # from there on; a nearly clean estimate says nothing about the denoiser
 
 
@@ -52,7 +55,8 @@ def load_variants(path: Path) -> list[Variant]:
 def estimate_figures(pipeline: CoSERPipeline, renders: Path) -> dict[str, float]:
     """How close decoded one-step estimates come to held-out views, at LEVELS of noise: comparable between autoencoders.
 
-    RGB PSNR over the object (dB) and silhouette IoU, means over views; the first caption is given, without guidance.
+    RGB PSNR over the object (dB) and silhouette IoU, means over views, and how alike neighbours paint the same places of
+    the true surface (dB); the first caption is given, without guidance.
     """
     rings = list_rings(renders)
     rings = rings[::max(1, len(rings) // RINGS)][:RINGS]
@@ -60,28 +64,30 @@ def estimate_figures(pipeline: CoSERPipeline, renders: Path) -> dict[str, float]
     for i, ring in enumerate(rings):
         views, cameras = load_ring(ring.path)
         stride = max(1, len(views) // VIEWS)
-        views, elevation = views[::stride], float(cameras.elevations[0])
+        views, cameras = views[::stride], cameras[::stride]
         embeds = pipeline.encode_prompt([ring.captions[0]])
         clean = pipeline.vae.views_to_latents(views).float()
         for level in LEVELS:
             noise = torch.randn(clean.shape, generator=step_generator(11, i))
             noisy = (1 - level) * clean + level * noise
             flow = pipeline.unet(noisy[None].to(pipeline.unet.dtype), torch.tensor([level * 1000]), embeds.states,
-                                 Cameras.orbit(len(views), elevation), pooled=embeds.pooled,
+                                 cameras, pooled=embeds.pooled,
                                  attention_mask=embeds.mask)[0].float()
             estimate = pipeline.latents_to_views(noisy - level * flow)
             figures.setdefault(f"psnr_{level}", []).append(autoencoder_figures(estimate, views)["psnr"])
             iou = silhouette_iou(estimate.masks, views.masks)
             figures.setdefault(f"iou_{level}", []).append(float(iou.mean()))
+            alike = neighbour_color_psnr(estimate, views, cameras)
+            figures.setdefault(f"neighbours_{level}", []).append(alike)
     return {name: statistics.mean(values) for name, values in figures.items()}
 
 
-def train_variant(variant: Variant, seed: int, options: argparse.Namespace) -> dict:
+def train_variant(variant: Variant, seed: int, folder: Path, options: argparse.Namespace) -> dict:
     """One run from its first step to its figures; its row. The checkpoint's training state is not kept."""
-    folder = options.out / f"{variant.slug}-{seed}"
-    arguments = ["denoiser", "--run", str(folder), "--minutes", str(options.minutes), "--processor-time", "--seed",
-                 str(seed), "--save-every", "1000000", "--evaluate-every", "1000000",
-                 *shlex.split(options.arguments), *variant.arguments]
+    budget = ["--steps", str(options.steps)] if options.steps else ["--minutes", str(options.minutes)]
+    arguments = ["denoiser", "--run", str(folder), *budget, "--processor-time", "--seed", str(seed),
+                 "--save-every", "1000000", "--evaluate-every", "1000000", *shlex.split(options.arguments),
+                 *variant.arguments]
     parsed, loop = train.parse(arguments)
     parsed.run_verb(parsed, loop)
     checkpoint = checkpoints(folder)[-1]
@@ -91,6 +97,7 @@ def train_variant(variant: Variant, seed: int, options: argparse.Namespace) -> d
     pipeline.unet.to(parsed.device, dtype), pipeline.vae.to(parsed.device, dtype)
     held_out = next(row for row in reversed(log) if row.get("held_out"))
     row = {"variant": variant.name, "seed": seed, "steps": held_out["step"],
+           "seconds": json.loads((checkpoint / "training.json").read_text())["seconds"],
            "views_per_second": statistics.median(r["views_per_second"] for r in log if "views_per_second" in r),
            "parameters": sum(p.numel() for p in pipeline.unet.parameters()),
            **{k: v for k, v in held_out.items() if k.startswith("loss")},
@@ -101,10 +108,10 @@ def train_variant(variant: Variant, seed: int, options: argparse.Namespace) -> d
 
 def table(rows: list[dict], variants: list[Variant]) -> str:
     """Markdown: a line a variant, means over its seeds; where there are several, the half range between them."""
-    figures = [k for k in rows[0] if k.startswith(("loss", "psnr", "iou"))]
+    figures = [k for k in rows[0] if k.startswith(("loss", "psnr", "iou", "neighbours"))]
     names = {k: k.replace("_", " at ").replace("psnr", "PSNR").replace("iou", "IoU") for k in figures}
-    lines = ["| variant | seeds | M parameters | steps | " + " | ".join(names.values()) + " |",
-             "|---" * (4 + len(figures)) + "|"]
+    lines = ["| variant | seeds | M parameters | steps | minutes | " + " | ".join(names.values()) + " |",
+             "|---" * (5 + len(figures)) + "|"]
     for variant in variants:
         own = [r for r in rows if r["variant"] == variant.name]
         if not own:
@@ -113,10 +120,11 @@ def table(rows: list[dict], variants: list[Variant]) -> str:
         for key in figures:
             values = [r[key] for r in own]
             half = (max(values) - min(values)) / 2
-            digits = 2 if key.startswith("psnr") else 4
+            digits = 2 if key.startswith(("psnr", "neighbours")) else 4
             cells.append(f"{statistics.mean(values):.{digits}f}" + (f" ± {half:.{digits}f}" if len(own) > 1 else ""))
         lines.append(f"| {variant.name} | {len(own)} | {own[0]['parameters'] / 1e6:.1f} | "
-                     f"{statistics.mean(r['steps'] for r in own):.0f} | " + " | ".join(cells) + " |")
+                     f"{statistics.mean(r['steps'] for r in own):.0f} | "
+                     f"{statistics.mean(r['seconds'] for r in own) / 60:.1f} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -125,7 +133,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m coser.compare", description=__doc__.split("\n")[0])
     top.add_argument("variants", type=Path, help="JSON file of variants, see coser/data/comparisons")
     top.add_argument("--out", type=Path, required=True, help="folder for runs and tables")
-    top.add_argument("--minutes", type=float, required=True, help="of computing for each run")
+    budget = top.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--minutes", type=float, help="of computing for each run")
+    budget.add_argument("--steps", type=int, help="of each run, however long they take")
     top.add_argument("--seeds", type=int, nargs="+", default=[0])
     top.add_argument("--arguments", default="", help="of `coser.train denoiser`, for all variants")
     return top
@@ -133,17 +143,31 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    variants, path = load_variants(options.variants), options.out / "table.json"
+    variants = load_variants(options.variants)
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     for seed in options.seeds:
         for variant in variants:
-            if any((r["variant"], r["seed"]) == (variant.name, seed) for r in rows):
+            folder = options.out / f"{variant.slug}-{seed}"
+            try:
+                # held by the process that trains here, and free again when that one ends, however it ends
+                with FileLock(folder.with_suffix(".lock"), blocking=False):
+                    if (folder / "row.json").is_file():
+                        continue
+                    shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
+                    row = train_variant(variant, seed, folder, options)
+                    (folder / "row.json").write_text(json.dumps(row), encoding="utf-8")
+            except Timeout:
                 continue
-            rows.append(train_variant(variant, seed, options))
-            path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+            rows = finished_rows(variants, options)
+            (options.out / "table.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
             (options.out / "table.md").write_text(table(rows, variants), encoding="utf-8")
             print(table(rows, variants), flush=True)
+
+
+def finished_rows(variants: list[Variant], options: argparse.Namespace) -> list[dict]:
+    """Of the runs asked for those that are done, seed after seed."""
+    paths = (options.out / f"{v.slug}-{seed}" / "row.json" for seed in options.seeds for v in variants)
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
 
 
 if __name__ == "__main__":

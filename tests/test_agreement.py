@@ -11,7 +11,8 @@ from torch import Tensor
 
 from coser.agreement import (chamfer_distance, cross_render, cross_render_psnr, epipolar_distances,
                              fundamental_matrices, held_out_rerender, leave_one_out_hull_iou,
-                             neighbour_depth_agreement, sample_surface, shuffled_ring, tsed)
+                             neighbour_color_psnr, neighbour_depth_agreement, sample_surface, shuffled_ring,
+                             tsed)
 from coser.cameras import Cameras, pixel_centers
 from coser.rasterizer import render
 from coser.reconstruction import Mesh
@@ -240,3 +241,20 @@ def test_shuffled_ring_keeps_the_views_but_no_view_its_place_and_no_turned_ring(
 def test_three_views_cannot_be_shuffled():
     with pytest.raises(ValueError, match="at least 4"):
         shuffled_ring(CUBE[:3])
+
+
+def test_neighbours_that_paint_the_same_places_alike_score_high():
+    true = neighbour_color_psnr(CUBE, CUBE, RING)
+    assert true > 30 > neighbour_color_psnr(shuffled_ring(CUBE), CUBE, RING) + 10
+    assert neighbour_color_psnr(replace(CUBE, views=CUBE.views * 0 + CUBE.masks * 0.3), CUBE, RING) > true - 3
+
+
+def test_a_known_difference_between_neighbours_is_its_psnr():
+    grey = torch.where(torch.arange(8)[:, None, None, None] % 2 == 0, 0.4, 0.5) * torch.ones_like(CUBE.views)
+    assert neighbour_color_psnr(ViewSet(grey, torch.ones_like(CUBE.masks), CUBE.depths), CUBE, RING) == \
+        pytest.approx(20, abs=1e-3)
+
+
+def test_neighbours_on_opposite_sides_share_no_place():
+    with pytest.raises(ValueError, match="share no place"):
+        neighbour_color_psnr(CUBE[::4], CUBE[::4], RING[::4])

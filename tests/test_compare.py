@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from filelock import FileLock
 
 from coser.compare import LEVELS, Variant, estimate_figures, load_variants, main, table
 from coser.train_denoiser import level_weights, noise_levels
@@ -39,12 +40,38 @@ def test_a_finished_run_is_not_repeated(compared):
     assert {p: p.stat().st_mtime_ns for p in compared[0].rglob("*") if p.is_file()} == before
 
 
+def test_runs_of_a_given_length_and_inflated_ones(compared, renders, pipeline_folder, tmp_path):
+    """Single views first; then the same weights with mixers, of which the first step already differs by the dropping."""
+    arguments = (f"--preset tiny --renders {renders[0]} --held-out {renders[0]} --device cpu --dtype float32 "
+                 f"--autoencoder {pipeline_folder / 'vae'} --no-samples --log-every 1 --warmup 1 --lr 1e-9")
+    for name, variants in {"single": {"plain": "--model '{\"mixers\": []}'"}, "inflated": {"plain": ""}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"about": "a test", "variants": variants}))
+        main([str(tmp_path / f"{name}.json"), "--out", str(tmp_path / name), "--steps", "2", "--arguments", arguments])
+        (row,) = json.loads((tmp_path / name / "table.json").read_text())
+        assert row["steps"] == 2
+        arguments += f" --start {tmp_path / 'single' / 'plain-0' / 'checkpoint-2'}"
+    losses = [json.loads((tmp_path / name / "table.json").read_text())[0]["loss"] for name in ("single", "inflated")]
+    grown = json.loads((tmp_path / "inflated" / "table.json").read_text())[0]["parameters"]
+    assert grown > json.loads((tmp_path / "single" / "table.json").read_text())[0]["parameters"]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)  # neighbours are looked at by weights that are not new
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(compared):
+    out, line = compared
+    row, kept = out / "plain-0" / "row.json", (out / "plain-0" / "row.json").read_text()
+    row.unlink()
+    with FileLock(out / "plain-0.lock"):
+        main(line)
+        assert not row.exists() and (out / "plain-0").is_dir()
+    row.write_text(kept)
+
+
 def test_the_table_has_means_and_half_the_range_between_seeds():
-    rows = [{"variant": "a", "seed": s, "steps": 10 + s, "parameters": 2_000_000, "loss": v, "psnr_0.85": 20.0}
-            for s, v in ((0, 0.5), (1, 0.6))]
+    rows = [{"variant": "a", "seed": s, "steps": 10 + s, "seconds": 60 + 60 * s, "parameters": 2_000_000, "loss": v,
+             "psnr_0.85": 20.0} for s, v in ((0, 0.5), (1, 0.6))]
     lines = table(rows, [Variant("a", ()), Variant("b", ())]).splitlines()
-    assert lines[0] == "| variant | seeds | M parameters | steps | loss | PSNR at 0.85 |"
-    assert lines[2:] == ["| a | 2 | 2.0 | 10 | 0.5500 ± 0.0500 | 20.00 ± 0.00 |"]
+    assert lines[0] == "| variant | seeds | M parameters | steps | minutes | loss | PSNR at 0.85 |"
+    assert lines[2:] == ["| a | 2 | 2.0 | 10 | 1.5 | 0.5500 ± 0.0500 | 20.00 ± 0.00 |"]
 
 
 def test_estimates_of_a_denoiser_that_knows_the_views_are_what_the_autoencoder_gives(renders, pipeline, monkeypatch):
@@ -71,7 +98,8 @@ def test_the_files_of_comparisons_are_command_lines_that_the_training_takes():
     from pathlib import Path
 
     import coser
-    from coser import train
+    from coser import train, train_denoiser
+    from coser.models.unet import MultiviewUNet
     files = sorted((Path(coser.__file__).parent / "data" / "comparisons").glob("*.json"))
     assert files
     for file in files:
@@ -80,7 +108,8 @@ def test_the_files_of_comparisons_are_command_lines_that_the_training_takes():
         for variant in variants:
             options, _ = train.parse(["denoiser", "--renders", "r", "--held-out", "h", "--run", "n", "--autoencoder",
                                       "a", "--steps", "1", *variant.arguments])
-            assert options.model == {} or set(options.model) <= {"unet", "pooled_dim", "ray_maps", "absolute_azimuth"}
+            preset = train_denoiser.PRESETS["tiny"]["model"]
+            MultiviewUNet(**preset | options.model | {"unet": preset["unet"]})
 
 
 # -- what variants change ----------------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ import torch
 from coser.models.score_attention import ScoreAttention, pool_by_score, pooling_weights, pooling_windows
 
 
-def layer(window=2):
+def layer(window=2, **options):
     torch.manual_seed(0)
-    module = ScoreAttention(channels=16, inner=16, head_size=8, text_channels=10, window=window)
+    module = ScoreAttention(channels=16, inner=16, head_size=8, text_channels=10, window=window, **options)
     torch.nn.init.normal_(module.to_out.weight)
     return module
 
@@ -43,6 +43,13 @@ def test_scores_lie_between_zero_and_one_and_depend_on_the_text():
     scores = [module.scores(tokens, 3, text) for text in (torch.randn(2, 10), torch.randn(2, 10))]
     assert scores[0].shape == (6, 16)
     assert all(((s > 0) & (s < 1)).all() for s in scores) and not torch.allclose(*scores)
+
+
+def test_without_scores_the_text_does_not_matter_and_fields_are_plain_means():
+    module, tokens = layer(use_scores=False), torch.randn(6, 16, 16)
+    assert torch.equal(module(tokens, 3, torch.randn(2, 10)), module(tokens, 3, torch.randn(2, 10)))
+    torch.testing.assert_close(pool_by_score(tokens, module.scores(tokens, 3, torch.randn(2, 10)), 4)[:, 0],
+                               tokens.mean(1))
 
 
 def test_every_token_of_every_view_reaches_every_other():

@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from coser.cameras import Cameras
-from coser.models.block import MIXERS, NEEDS_WEIGHTS
+from coser.models.block import BASELINES, MIXERS, NEEDS_WEIGHTS
 from coser.models.unet import RAY_CHANNELS, ConditionEmbedding, MultiviewUNet, camera_features, harmonics, ray_maps
 
 SMALL = dict(sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
@@ -67,7 +67,7 @@ def test_masked_text_equals_shorter_text():
                                    model(latents, timesteps, text[:, :3], Cameras.orbit(3)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mixers", [("adjacent",), ("trajectory",), ("rectification",), ("dense",),
+@pytest.mark.parametrize("mixers", [("adjacent",), ("trajectory",), ("rectification",), ("dense",), ("temporal",),
                                     ("adjacent", "trajectory", "rectification")], ids="+".join)
 @pytest.mark.parametrize("num_views", [2, 3, 8])
 def test_without_absolute_azimuth_turning_the_ring_turns_the_output(mixers, num_views):
@@ -147,7 +147,7 @@ def test_without_ray_maps_there_are_no_weights_for_them():
         assert model(latents, timesteps, text, Cameras.orbit(3)).shape == latents.shape
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", (*MIXERS, *BASELINES))
 def test_every_mixers_gradient_reaches_its_weights(mixer):
     model, (latents, timesteps, text) = build(mixers=(mixer,)), inputs()
     model(latents, timesteps, text, Cameras.orbit(3)).square().mean().backward()
@@ -157,7 +157,7 @@ def test_every_mixers_gradient_reaches_its_weights(mixer):
 
 @pytest.mark.parametrize("mixer", NEEDS_WEIGHTS)
 def test_a_new_mixer_starts_silent_but_its_last_projection_learns_at_once(mixer):
-    model, (latents, timesteps, text) = build(awake=False), inputs()
+    model, (latents, timesteps, text) = build(awake=False, mixers=(*MIXERS, *{mixer} - set(MIXERS))), inputs()
     cameras = Cameras.orbit(3)
     without = tuple(name for name in MIXERS if name != mixer)
     torch.testing.assert_close(model(latents, timesteps, text, cameras, mixers=without),

@@ -13,10 +13,12 @@ from coser.models.adjacent_attention import adjacent_attention, dense_attention,
 from coser.models.rapid_glance import RapidGlance
 from coser.models.resnet import pointwise
 from coser.models.score_attention import ScoreAttention
+from coser.models.temporal_attention import TemporalAttention
 from coser.models.trajectory_attention import TrajectoryAttention, TrajectoryGeometries
 
 MIXERS = ("adjacent", "trajectory", "glance", "rectification")
-NEEDS_WEIGHTS = ("trajectory", "glance", "rectification")
+BASELINES = ("dense", "temporal")  # of other papers, to compare with: attention over all tokens, over one place's
+NEEDS_WEIGHTS = ("trajectory", "glance", "rectification", "temporal")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class MixerOptions:
     scan_order: str
     scan_layout: str
     pool_window: int
+    pool_scores: bool
 
     def build(self, channels: int, text_channels: int) -> dict[str, nn.Module]:
         """The modules of the mixers that have weights, for tokens of `channels` channels."""
@@ -58,7 +61,8 @@ class MixerOptions:
             "glance": lambda: RapidGlance(channels, scan_inner, self.scan_head_size, self.scan_state_size,
                                           self.scan_chunk_size, self.scan_order, self.scan_layout),
             "rectification": lambda: ScoreAttention(channels, inner, self.mixer_head_size, text_channels,
-                                                    self.pool_window),
+                                                    self.pool_window, self.pool_scores),
+            "temporal": lambda: TemporalAttention(channels, inner, self.mixer_head_size),
         }
         return {name: makers[name]() for name in NEEDS_WEIGHTS if name in self.mixers}
 
@@ -95,6 +99,8 @@ class MultiviewTransformerBlock(nn.Module):
             tokens = tokens + self.glance(tokens, n)
         if "rectification" in active:
             tokens = tokens + self.rectification(tokens, n, context.text_mean)
+        if "temporal" in active:
+            tokens = tokens + self.temporal(tokens, n)
         return tokens + self.ff(self.norm3(tokens))
 
     def look_around(self, normed: Tensor, num_views: int, active: frozenset[str]) -> Tensor:

@@ -44,14 +44,17 @@ def pool_by_score(tokens: Tensor, scores: Tensor, window: int) -> Tensor:
 class ScoreAttention(nn.Module):
     """Scores from the match with the text, pooling, attention to all views, zero-initialised projection out.
 
+    use_scores: without them every token of a field counts the same, to measure what they are good for.
+
     forward: tokens [B*N,T,C], num_views, text_mean [B,D] => [B*N,T,C], to be added to the tokens.
     """
 
-    def __init__(self, channels: int, inner: int, head_size: int, text_channels: int, window: int):
+    def __init__(self, channels: int, inner: int, head_size: int, text_channels: int, window: int,
+                 use_scores: bool = True):
         super().__init__()
         self.heads, self.window = max(1, inner // head_size), window
         self.norm = nn.LayerNorm(channels)
-        self.score_text = nn.Linear(text_channels, channels)
+        self.score_text = nn.Linear(text_channels, channels) if use_scores else None
         self.to_q = nn.Linear(channels, inner, bias=False)
         self.to_k = nn.Linear(channels, inner, bias=False)
         self.to_v = nn.Linear(channels, inner, bias=False)
@@ -69,6 +72,8 @@ class ScoreAttention(nn.Module):
 
     def scores(self, normed: Tensor, num_views: int, text_mean: Tensor) -> Tensor:
         """How well each token matches the text, in (0,1): [B*N,T] for normalised tokens [B*N,T,C], text_mean [B,D]."""
+        if self.score_text is None:
+            return normed.new_full(normed.shape[:2], 0.5)
         samples, channels = len(normed) // num_views, normed.shape[-1]
         direction = self.score_text(text_mean)[:, :, None] / math.sqrt(channels)
         match = normed.reshape(samples, -1, channels) @ direction.to(normed.dtype)

@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from coser.cameras import Cameras, pixel_centers
-from coser.models.block import MIXERS, MixerOptions, MultiviewTransformer, ViewContext
+from coser.models.block import BASELINES, MIXERS, MixerOptions, MultiviewTransformer, ViewContext
 from coser.models.resnet import ResnetBlock
 from coser.models.trajectory_attention import TrajectoryGeometries
 
@@ -117,7 +117,7 @@ class MultiviewUNet(ModelMixin, ConfigMixin):
     Args:
         unet: the config of the UNet2DConditionModel inside.
         mixers: some of "adjacent", "trajectory", "glance", "rectification"; or ("dense", ...) with "dense" in place of
-            "adjacent"; or (), which is a 2D model.
+            "adjacent"; or ("temporal",), attention over each place of all views; or (), which is a 2D model.
         mixer_ratio, mixer_head_size: inner width of trajectory and rectification as a share of the block's channels
             (rounded to whole heads), and channels a head.
         trajectory_window: odd side of the window, in tokens. trajectory_radius: the depth hypothesis, a cylinder of
@@ -125,7 +125,8 @@ class MultiviewUNet(ModelMixin, ConfigMixin):
         scan_order: spiral, raster or zigzag. scan_layout: view_major or position_major. scan_ratio, scan_head_size,
             scan_state_size, scan_chunk_size: the state-space layer's inner width as a share of the channels (rounded to
             head pairs), channels a head, states a channel, and positions a chunk (speed only).
-        pool_window: side of the pooled fields, in tokens.
+        pool_window: side of the pooled fields, in tokens. pool_scores: whether they are weighted by scores, or plain
+            means.
         absolute_azimuth: whether views know their azimuth, or only elevation and view angle.
         ray_maps: whether every pixel also knows the ray that it looks along.
         pooled_dim: width of the pooled text that joins the time embedding; 0 for none.
@@ -140,9 +141,9 @@ class MultiviewUNet(ModelMixin, ConfigMixin):
                  mixer_head_size: int = 64, trajectory_window: int = 3, trajectory_radius: float = 0.45,
                  scan_order: str = "spiral", scan_layout: str = "view_major", scan_ratio: float = 1.0,
                  scan_head_size: int = 64, scan_state_size: int = 32, scan_chunk_size: int = 64, pool_window: int = 2,
-                 absolute_azimuth: bool = True, ray_maps: bool = True, pooled_dim: int = 0):
+                 pool_scores: bool = True, absolute_azimuth: bool = True, ray_maps: bool = True, pooled_dim: int = 0):
         super().__init__()
-        mixers = _check_mixers(tuple(mixers), (*MIXERS, "dense"))
+        mixers = _check_mixers(tuple(mixers), (*MIXERS, *BASELINES))
         if trajectory_window < 1 or trajectory_window % 2 == 0:
             raise ValueError(f"trajectory_window must be a positive odd number, got {trajectory_window}")
         if not 0 < trajectory_radius <= 1:
@@ -154,7 +155,7 @@ class MultiviewUNet(ModelMixin, ConfigMixin):
             if value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         options = MixerOptions(mixers, mixer_ratio, mixer_head_size, scan_ratio, scan_head_size, scan_state_size,
-                               scan_chunk_size, scan_order, scan_layout, pool_window)
+                               scan_chunk_size, scan_order, scan_layout, pool_window, pool_scores)
         self.unet2d = UNet2DConditionModel.from_config(dict(unet))
         if self.unet2d.class_embedding is not None:
             raise ValueError("the 2D UNet must have no class embedding: the camera condition takes its place")
