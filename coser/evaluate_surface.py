@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import math
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -113,10 +115,15 @@ def measure(scene: Scene, method: Callable[[ViewSet, Cameras], Mesh]) -> dict[st
 
 
 class MemoryWatch:
-    """`with MemoryWatch() as memory`: afterwards memory.added is how much (MiB) the resident set grew at most."""
+    """`with MemoryWatch() as memory`: afterwards memory.added is how much (MiB) the resident set grew at most.
+
+    What the allocator kept of memory freed before is given back first: whoever takes it again would seem to take none.
+    """
 
     def __enter__(self) -> "MemoryWatch":
         gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
         self.process, self.done = psutil.Process(), threading.Event()
         self.start = self.peak = self.process.memory_info().rss
         self.thread = threading.Thread(target=self._look, daemon=True)
