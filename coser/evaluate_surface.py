@@ -96,7 +96,7 @@ def make_scene(asset: Asset, num_views: int, size: int = 256, elevation: float =
 def measure(scene: Scene, method: Callable[[ViewSet, Cameras], Mesh]) -> dict[str, float]:
     """Makes a mesh of the scene's views => FIGURES of it. ValueError of a method that finds no surface passes through.
 
-    memory: MiB by which the process' resident set grew at most meanwhile, looked at every 5 ms.
+    memory: MiB by which the process' memory grew at most meanwhile, looked at every 5 ms.
     """
     with MemoryWatch() as memory:
         began, worked = time.perf_counter(), time.process_time()
@@ -115,9 +115,10 @@ def measure(scene: Scene, method: Callable[[ViewSet, Cameras], Mesh]) -> dict[st
 
 
 class MemoryWatch:
-    """`with MemoryWatch() as memory`: afterwards memory.added is how much (MiB) the resident set grew at most.
+    """`with MemoryWatch() as memory`: afterwards memory.added is how much (MiB) the process' own memory grew at most.
 
     What the allocator kept of memory freed before is given back first: whoever takes it again would seem to take none.
+    On Linux, resident pages of files (a program's code) do not count: the system takes them back when it likes.
     """
 
     def __enter__(self) -> "MemoryWatch":
@@ -125,7 +126,7 @@ class MemoryWatch:
         if sys.platform == "linux":
             ctypes.CDLL("libc.so.6").malloc_trim(0)
         self.process, self.done = psutil.Process(), threading.Event()
-        self.start = self.peak = self.process.memory_info().rss
+        self.start = self.peak = self._own()
         self.thread = threading.Thread(target=self._look, daemon=True)
         self.thread.start()
         return self
@@ -136,7 +137,11 @@ class MemoryWatch:
 
     def _look(self) -> None:
         while not self.done.wait(SAMPLED_EVERY):
-            self.peak = max(self.peak, self.process.memory_info().rss)
+            self.peak = max(self.peak, self._own())
+
+    def _own(self) -> int:
+        seen = self.process.memory_info()
+        return seen.rss - getattr(seen, "shared", 0)
 
     @property
     def added(self) -> float:
