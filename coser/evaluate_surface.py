@@ -123,12 +123,14 @@ class MemoryWatch:
 
     def __enter__(self) -> "MemoryWatch":
         gc.collect()
-        if sys.platform == "linux":
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        self.process, self.done = psutil.Process(), threading.Event()
-        self.start = self.peak = self._own()
+        self.process, self.done, self.looking = psutil.Process(), threading.Event(), threading.Event()
+        self.start = self.peak = 0
         self.thread = threading.Thread(target=self._look, daemon=True)
         self.thread.start()
+        self.looking.wait()  # a thread takes over an ended one's heap, and that shrinks at its first look
+        if sys.platform == "linux":
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        self.start = self.peak = self._own()
         return self
 
     def __exit__(self, *error) -> None:
@@ -136,6 +138,8 @@ class MemoryWatch:
         self.thread.join()
 
     def _look(self) -> None:
+        self._own()
+        self.looking.set()
         while not self.done.wait(SAMPLED_EVERY):
             self.peak = max(self.peak, self._own())
 
