@@ -37,7 +37,8 @@ def made(pipeline_folder):
 
 def functions(made):
     """Some of those that a watch replaces."""
-    return (made.pipeline._predict, made.pipeline.vae.latents_to_preview, reconstruction.fuse, studio.grid, studio.export)
+    return (made.pipeline._predict, made.pipeline.vae.latents_to_preview, reconstruction.fuse, studio.grid,
+            studio.export)
 
 
 @pytest.fixture(scope="module")

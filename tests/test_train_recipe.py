@@ -12,7 +12,7 @@ import trimesh
 from solids import cube, sphere, table
 from torch import nn
 
-from coser import evaluate_prompts, train_denoiser, train_loop, train_recipe
+from coser import agreement, evaluate_prompts, train_denoiser, train_loop, train_recipe
 from coser.cameras import Cameras
 from coser.data.dataset import RingBatch, ViewBatches, list_rings
 from coser.models.unet import MultiviewUNet
@@ -42,10 +42,11 @@ def assets(tmp_path_factory):
 
 
 def draw_little(monkeypatch) -> None:
-    """Evaluations draw four views in two steps and fuse them coarsely: what untrained weights draw is all over the place."""
+    """Evaluations draw four views in two steps and fuse them coarsely: untrained weights draw all over the place."""
     monkeypatch.setattr(train_recipe, "DRAWING", dict(num_views=4, num_inference_steps=2))
     monkeypatch.setattr(train_recipe, "PROMPT_SECONDS", {})
-    monkeypatch.setattr(evaluate_prompts, "QUICK", evaluate_prompts.QUICK | {"resolution": 32})
+    for module in (agreement, evaluate_prompts):
+        monkeypatch.setattr(module, "QUICK", module.QUICK | {"resolution": 32})
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +105,8 @@ def finished(assets, killed, tmp_path_factory):
     shutil.copytree(killed, run)
     before = stamps(run)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(train_denoiser, "SAMPLE_PROMPTS", ("a red cube",))
+        lighten(monkeypatch)
+        monkeypatch.setattr(train_denoiser, "sample_flop", sample_flop)  # here operations are counted
         draw_little(monkeypatch)
         main(["all", "--assets", str(assets), "--run", str(run), *TINY, "--steps", "4"])
     return run, before
