@@ -21,8 +21,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from coser.models.autoencoder import ResidualBlock
-from coser.models.text_encoder import SentenceTextEncoder
-from coser.train_denoiser import load_tokenizer
+from coser.models.text_encoder import SentenceTextEncoder, load_tokenizer
 from coser.views import ViewSet
 
 SIZE = 128  # pixels a side of the pictures

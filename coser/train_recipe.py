@@ -33,11 +33,13 @@ import torch
 from safetensors.torch import load_file
 
 from coser import train_autoencoder, train_denoiser
+from coser.caption_states import captions_of, encode_captions
 from coser.consistency import CONSISTENCY, fused_views
 from coser.data.assets import Asset, list_assets
 from coser.data.dataset import Ring, held_out_views, list_rings
 from coser.data.render import render_assets
 from coser.evaluate_prompts import evaluate_prompts
+from coser.latents import weights_hash
 from coser.pipeline import CoSERPipeline
 from coser.shards import TRAINING_STATE, read_shards, write_shards
 from coser.train_autoencoder import autoencoder_figures, reconstruct_views
@@ -398,8 +400,8 @@ class Recipe:
         """The captions' text states, while the GPU would wait for the first rings."""
         options, _ = self.parse(self._arguments("denoiser"))
         rings = [Ring(a.path, a.id, a.object, a.captions, a.colors) for a in self.train_assets + self.held_out_assets]
-        train_denoiser.encode_captions(train_denoiser.small_pipeline(options, None), train_denoiser.captions_of(rings),
-                                       train_denoiser.cache_folder(options))
+        encode_captions(train_denoiser.small_pipeline(options, None), captions_of(rings),
+                        train_denoiser.cache_folder(options))
 
     def encode(self) -> None:
         """Latents of all rings and text states of all captions, into files: the denoiser then waits for none."""
@@ -408,7 +410,7 @@ class Recipe:
         rings = self._count_rings() * (2 if options.mirror else 1)
         known = self.train_renders / "latents"
         if (self.record.finished("latents") and self.record.figures("latents").get("rings") == rings
-                and any(known.glob(f"{train_denoiser.weights_hash(self.vae)}-*.safetensors"))):
+                and any(known.glob(f"{weights_hash(self.vae)}-*.safetensors"))):
             print("== latents: all are there", flush=True)
             return
         with self.stage("latents") as figures:

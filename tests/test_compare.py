@@ -7,7 +7,7 @@ import torch
 from filelock import FileLock
 
 from coser.compare import LEVELS, Variant, estimate_figures, load_variants, main, table
-from coser.train_denoiser import level_weights, noise_levels
+from coser.flow import level_weights, noise_levels
 
 
 @pytest.fixture(scope="module")

@@ -184,12 +184,13 @@ def held_out_views(rings: list[Ring], per_ring: int = 2) -> ViewSet:
 class RingBatch:
     """B samples of N views: latents [B,N,C,h,w], their shared cameras, and a caption each.
 
-    A caption is "" where text was dropped.
+    A caption is "" where text was dropped. depths [B,N,s,s]: where a training asked for them.
     """
 
     latents: Tensor
     cameras: Cameras
     captions: list[str]
+    depths: Tensor | None = None
 
 
 class LatentRings:
@@ -197,15 +198,17 @@ class LatentRings:
 
     All samples of a batch share view count, start and elevation, so that they share one geometry; text is dropped for
     `drop_text` of them. latents: per ring [V,C,h,w]; rings of a batch come from one elevation. One tensor [R,V,C,h,w]
-    in place of the list, such as one on a GPU, gives the same batches by one indexing each.
+    in place of the list, such as one on a GPU, gives the same batches by one indexing each. depths: per ring [V,s,s],
+    to go with the latents.
     """
 
     def __init__(self, rings: list[Ring], latents: list[Tensor] | Tensor, elevations: list[float], seed: int = 0,
-                 view_counts: tuple[int, ...] = (4, 6, 8, 12), views_per_batch: int = 48, drop_text: float = 0.1):
+                 view_counts: tuple[int, ...] = (4, 6, 8, 12), views_per_batch: int = 48, drop_text: float = 0.1,
+                 depths: list[Tensor] | None = None):
         self.groups: dict[float, list[int]] = {}
         for i, elevation in enumerate(elevations):
             self.groups.setdefault(round(elevation, 3), []).append(i)
-        self.rings, self.latents, self.seed = rings, latents, seed
+        self.rings, self.latents, self.depths, self.seed = rings, latents, depths, seed
         counts = Counter(r.kind for r in rings)
         # a hundred trees must not hide five hearts
         self.weights = torch.tensor([counts[r.kind] ** -0.5 for r in rings])
@@ -240,7 +243,8 @@ class LatentRings:
             caption = choices[draw(len(choices))]
             captions.append("" if float(torch.rand((), generator=generator)) < self.drop_text else caption)
         cameras = Cameras.orbit(num_views, elevation, start=start * 360 / self.ring_length)
-        return RingBatch(latents, cameras, captions)
+        depths = None if self.depths is None else torch.stack([self.depths[i][start::stride] for i in picks]).float()
+        return RingBatch(latents, cameras, captions, depths)
 
 
 def _group_of(position: int, groups: dict[float, list[int]]) -> float:
