@@ -22,14 +22,17 @@ from filelock import FileLock, Timeout
 
 from coser import train
 from coser.agreement import neighbour_color_psnr
-from coser.data.dataset import list_rings, step_generator
+from coser.cameras import Cameras
+from coser.data.dataset import RingBatch, list_rings, step_generator
 from coser.data.render import load_ring
+from coser.flow import flow_loss
 from coser.metrics import silhouette_iou
 from coser.pipeline import CoSERPipeline
+from coser.throughput import bytes_kept
 from coser.train_autoencoder import autoencoder_figures
 from coser.train_loop import checkpoints
 
-RINGS, VIEWS = 12, 12  # held-out rings whose estimates are decoded, and views of each
+RINGS, VIEWS = 8, 12  # held-out rings whose estimates are decoded, and views of each
 LEVELS = (0.85, 0.97)  # from there on; a nearly clean estimate says nothing about the denoiser
 
 
@@ -82,6 +85,15 @@ def estimate_figures(pipeline: CoSERPipeline, renders: Path) -> dict[str, float]
     return {name: statistics.mean(values) for name, values in figures.items()}
 
 
+def mebibytes_kept(pipeline: CoSERPipeline, num_views: int = 12) -> float:
+    """What one ring keeps for the backward pass, MiB."""
+    unet = pipeline.unet
+    batch = RingBatch(torch.zeros(1, num_views, unet.config.unet["in_channels"], *[unet.config.unet["sample_size"]] * 2),
+                      Cameras.orbit(num_views), [""])
+    embeds = pipeline.encode_prompt(batch.captions)
+    return bytes_kept(lambda: flow_loss(unet, batch, embeds, step_generator(0, 0))) / 2**20
+
+
 def train_variant(variant: Variant, seed: int, folder: Path, options: argparse.Namespace) -> dict:
     """One run from its first step to its figures; its row. The checkpoint's training state is not kept."""
     budget = ["--steps", str(options.steps)] if options.steps else ["--minutes", str(options.minutes)]
@@ -99,7 +111,7 @@ def train_variant(variant: Variant, seed: int, folder: Path, options: argparse.N
     row = {"variant": variant.name, "seed": seed, "steps": held_out["step"],
            "seconds": json.loads((checkpoint / "training.json").read_text())["seconds"],
            "views_per_second": statistics.median(r["views_per_second"] for r in log if "views_per_second" in r),
-           "parameters": sum(p.numel() for p in pipeline.unet.parameters()),
+           "mebibytes": mebibytes_kept(pipeline), "parameters": sum(p.numel() for p in pipeline.unet.parameters()),
            **{k: v for k, v in held_out.items() if k.startswith("loss")},
            **estimate_figures(pipeline, parsed.held_out)}
     (checkpoint / "training_state.safetensors").unlink()
@@ -107,24 +119,32 @@ def train_variant(variant: Variant, seed: int, folder: Path, options: argparse.N
 
 
 def table(rows: list[dict], variants: list[Variant]) -> str:
-    """Markdown: a line a variant, means over its seeds; where there are several, the half range between them."""
+    """Markdown: a line a variant, means over its seeds; where there are several, the half range between them.
+
+    "against plain" is the loss less that of the first variant with the same seed, which draws the same samples and
+    noise: its range tells more than the losses' own.
+    """
     figures = [k for k in rows[0] if k.startswith(("loss", "psnr", "iou", "neighbours"))]
     names = {k: k.replace("_", " at ").replace("psnr", "PSNR").replace("iou", "IoU") for k in figures}
-    lines = ["| variant | seeds | M parameters | steps | minutes | " + " | ".join(names.values()) + " |",
-             "|---" * (5 + len(figures)) + "|"]
+    lines = ["| variant | seeds | M parameters | steps | minutes | MiB kept a ring | against plain | "
+             + " | ".join(names.values()) + " |", "|---" * (7 + len(figures)) + "|"]
+    plain = {r["seed"]: r["loss"] for r in rows if r["variant"] == variants[0].name}
+
+    def cell(values: list[float], digits: int, sign: str = "") -> str:
+        half = (max(values) - min(values)) / 2
+        return f"{statistics.mean(values):{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
+
     for variant in variants:
         own = [r for r in rows if r["variant"] == variant.name]
         if not own:
             continue
-        cells = []
+        paired = [r["loss"] - plain[r["seed"]] for r in own if r["seed"] in plain]
+        cells = [cell(paired, 4, "+") if paired else ""]
         for key in figures:
-            values = [r[key] for r in own]
-            half = (max(values) - min(values)) / 2
-            digits = 2 if key.startswith(("psnr", "neighbours")) else 4
-            cells.append(f"{statistics.mean(values):.{digits}f}" + (f" ± {half:.{digits}f}" if len(own) > 1 else ""))
+            cells.append(cell([r[key] for r in own], 2 if key.startswith(("psnr", "neighbours")) else 4))
         lines.append(f"| {variant.name} | {len(own)} | {own[0]['parameters'] / 1e6:.1f} | "
                      f"{statistics.mean(r['steps'] for r in own):.0f} | "
-                     f"{statistics.mean(r['seconds'] for r in own) / 60:.1f} | " + " | ".join(cells) + " |")
+                     f"{statistics.mean(r['seconds'] for r in own) / 60:.1f} | {own[0]['mebibytes']:.0f} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -38,6 +38,21 @@ def flop_of(work: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
+def bytes_kept(work: Callable[[], object]) -> int:
+    """Bytes that `work` keeps for a backward pass besides parameters: what a training's memory grows with."""
+    kept: dict[int, int] = {}  # storages, which several saved tensors may share
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not (isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter)):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = work()  # held until counted: freed storages would give their addresses away again
+    del result
+    return sum(kept.values())
+
+
 def bf16_matmul_rate(device: torch.device) -> float:
     """TFLOP/s of a large square bf16 matrix product, the best of four timings.
 

@@ -67,11 +67,19 @@ def test_a_run_that_another_process_trains_is_left_to_it(compared):
 
 
 def test_the_table_has_means_and_half_the_range_between_seeds():
-    rows = [{"variant": "a", "seed": s, "steps": 10 + s, "seconds": 60 + 60 * s, "parameters": 2_000_000, "loss": v,
+    rows = [{"variant": "a", "seed": s, "steps": 10 + s, "seconds": 60 + 60 * s, "mebibytes": 7.4, "parameters": 2_000_000, "loss": v,
              "psnr_0.85": 20.0} for s, v in ((0, 0.5), (1, 0.6))]
     lines = table(rows, [Variant("a", ()), Variant("b", ())]).splitlines()
-    assert lines[0] == "| variant | seeds | M parameters | steps | minutes | loss | PSNR at 0.85 |"
-    assert lines[2:] == ["| a | 2 | 2.0 | 10 | 1.5 | 0.5500 ± 0.0500 | 20.00 ± 0.00 |"]
+    assert lines[0] == "| variant | seeds | M parameters | steps | minutes | MiB kept a ring | against plain | loss | " \
+                       "PSNR at 0.85 |"
+    assert lines[2:] == ["| a | 2 | 2.0 | 10 | 1.5 | 7 | +0.0000 ± 0.0000 | 0.5500 ± 0.0500 | 20.00 ± 0.00 |"]
+
+
+def test_differences_are_between_equal_seeds():
+    rows = [{"variant": v, "seed": s, "steps": 1, "seconds": 60, "mebibytes": 1, "parameters": 1e6, "loss": loss}
+            for v, s, loss in (("a", 0, 0.5), ("b", 0, 0.48), ("a", 1, 0.6), ("b", 1, 0.57))]
+    assert table(rows, [Variant("a", ()), Variant("b", ())]).splitlines()[3] == \
+        "| b | 2 | 1.0 | 1 | 1.0 | 1 | -0.0250 ± 0.0050 | 0.5250 ± 0.0450 |"
 
 
 def test_estimates_of_a_denoiser_that_knows_the_views_are_what_the_autoencoder_gives(renders, pipeline, monkeypatch):
