@@ -24,6 +24,7 @@ from coser.cameras import Cameras
 from coser.consistency import CONSISTENCY, fused_views
 from coser.data.dataset import Ring, list_rings
 from coser.data.render import load_ring, save_ring
+from coser.devices import add_dtype_option, dtype_asked_for
 from coser.evaluate_prompts import SMALL, contact_sheet, sheet_row
 from coser.judge import ViewJudge, is_janus, load_judge, nearest_distances, ring_embedding
 from coser.metrics import psnr, render_mesh, sharpness, silhouette_iou
@@ -349,12 +350,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--consistency", type=float, default=CONSISTENCY)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    add_dtype_option(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run(options: argparse.Namespace) -> None:
-    pipeline = CoSERPipeline.from_pretrained(options.checkpoint, dtype=getattr(torch, options.dtype)).to(options.device)
+    pipeline = CoSERPipeline.from_pretrained(options.checkpoint, dtype=dtype_asked_for(options)).to(options.device)
     pipeline.set_progress_bar_config(disable=True)
     questions = load_questions(options.questions, options.list)[:options.limit]
     drawn = draw_rings(pipeline, questions, options.out / "rings", options.seed, num_views=options.num_views,

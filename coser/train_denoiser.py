@@ -199,8 +199,8 @@ def run(options: argparse.Namespace, loop: Options) -> None:
     print(f"denoiser: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters, {options.dtype} on "
           f"{options.device}, {len(rings)} rings of {batches.ring_length} views, "
           f"{len(data.texts.states)} captions", flush=True)
-    meter = Throughput(unet.device)
-    print(f"plain bf16 matmul: {meter.matmul:.3f} TFLOP/s", flush=True)
+    meter = Throughput(unet.device, unet.dtype)
+    print(f"plain {options.dtype} matmul: {meter.matmul:.3f} TFLOP/s", flush=True)
 
     def batch_of_step(step: int) -> tuple[RingBatch, PromptEmbeds]:
         batch = batches(step)

@@ -38,6 +38,7 @@ from coser.consistency import CONSISTENCY, fused_views
 from coser.data.assets import Asset, list_assets
 from coser.data.dataset import Ring, held_out_views, list_rings
 from coser.data.render import render_assets
+from coser.devices import add_dtype_option
 from coser.evaluate_prompts import evaluate_prompts
 from coser.latents import weights_hash
 from coser.pipeline import CoSERPipeline
@@ -86,7 +87,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overlap", action=argparse.BooleanOptionalAction,
                         help="train the autoencoder while the rest renders (default: on CUDA)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="dtype of the computation")
+    add_dtype_option(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="end each training after so many steps, all sessions together")
     parser.add_argument("--log-every", type=int, default=20)

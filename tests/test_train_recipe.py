@@ -21,7 +21,7 @@ from coser.models.unet import MultiviewUNet
 from coser.optimizer import MasterOptimizer
 from coser.pipeline import CoSERPipeline
 from coser.shards import read_shards
-from coser.throughput import Throughput, bf16_matmul_rate, flop_of
+from coser.throughput import Throughput, bytes_kept, flop_of, matmul_rate
 from coser.train import main
 from coser.train_loop import Budget, Options, checkpoints
 from coser.train_recipe import PROMPTS, STAGES, Background, Record, same_weights, split_assets
@@ -330,7 +330,14 @@ def test_operations_of_products_are_counted_also_inside_compiled_parts_and_gradi
     layer.compile()
     assert flop_of(lambda: layer(x)) == 2 * 16 * 64 * 32
     assert flop_of(lambda: layer(x).sum().backward()) == 3 * 2 * 16 * 64 * 32
-    assert bf16_matmul_rate(torch.device("cpu")) > 0
+    assert matmul_rate(torch.device("cpu")) > 0
+
+
+def test_what_a_backward_pass_needs_is_counted_once():
+    layer, x = nn.Linear(32, 64), torch.randn(16, 32)
+    assert bytes_kept(lambda: layer(x)) == 4 * 16 * 32
+    assert bytes_kept(lambda: layer(x).relu()) == 4 * (16 * 32 + 16 * 64)
+    assert bytes_kept(lambda: layer(x) + layer(x.view(8, 64).view(16, 32))) == 4 * 16 * 32
 
 
 def test_gradients_of_attention_cost_five_products():
