@@ -1,8 +1,8 @@
 """Assets: captioned meshes read from a folder, either packed (index.jsonl + npz shards) or loose GLB/glTF/OBJ files.
 
 Packed form: `index.jsonl`, a JSON object a line with at least `id` and `shard`, and optionally `split`, `object`,
-`captions`, `colors`, `quality`, `front_known`, `kinds`; each shard is a numpy archive with `<id>_v` [V,3], `<id>_f` [F,3] and
-`<id>_c` uint8 [F,3,3] (RGB of each face's corners).
+`captions`, `colors`, `quality`, `front_known`, `kinds`; each shard is a numpy archive with `<id>_v` [V,3], `<id>_f`
+[F,3] and `<id>_c` uint8 [F,3,3] (RGB of each face's corners).
 Loose form: any GLB, glTF or OBJ below the folder; its captions are the lines of a text file of the same name beside it
 (`barrel.glb`, `barrel.txt`), or else its file name; of an object that lies there in several formats, the first of the
 three is read. Loose meshes are centred and scaled into the unit sphere. Colours are sRGB as pictures are; glTF's vertex

@@ -1,14 +1,14 @@
 """Training scenes of two or three assets that stand in life's places: `python -m coser.data.compose ASSETS SCENES`.
 
-SCENES becomes a packed folder as of `coser.data.assets`, to be rendered, encoded and trained on like any other. A row of
-its index has, besides what every asset's has: `kinds`, the two kinds shown; `relation`, one of
+SCENES becomes a packed folder as of `coser.data.assets`, to be rendered, encoded and trained on like any other. A row
+of its index has, besides what every asset's has: `kinds`, the two kinds shown; `relation`, one of
 `coser.data.scene_words.RELATIONS`; `pair`, [kind, relation, kind]; `parts`, the ids of the assets, three in groups.
 
-What a scene is called. Its `object` ends in the kind of what carries or accompanies ("lantern on barrel"), so that its
-`kind` is that one's: rings of rare carriers are drawn more often, those of common ones less. Scenes are weighed among
-themselves (`coser.data.dataset.LatentRings`), and keep neither a kind in nor out of a training. Nothing is taught that
-"lantern on barrel" looks like a barrel: `kinds` keeps scenes out of the judge's training and of the vocabulary. `colors`
-stays empty: no one colour is a scene's, so none is asked of it, it is never repainted, and no caption is made of it.
+Its `object` ends in the kind of what carries or accompanies ("lantern on barrel"), and so that one's is the scene's
+`kind`: rings of rare carriers are drawn more often, those of common ones less. Scenes are weighed among themselves
+(`coser.data.dataset.LatentRings`) and keep no kind in or out of a training. Nothing is taught that "lantern on barrel"
+looks like a barrel: by `kinds`, scenes stay out of the judge's training and of the vocabulary. `colors` stays empty: no
+one colour is a scene's, so none is asked of it, it is never repainted, and no caption is made of it.
 
 Held-out pairs (list `compositions` of `questions.json`) are in no training scene: of an "on" pair that relation, of any
 other pair all relations on the floor, in both orders, since a mirror image turns left into right. With `--split val`
@@ -31,7 +31,7 @@ from torch import Tensor
 from coser.data.assets import Asset, in_unit_sphere, list_assets, load_mesh
 from coser.data.placing import beside, box_of, on_floor, resting_places
 from coser.data.recolor import QUESTIONS
-from coser.data.scene_words import PORTABLE, ROOM, SIDES, Part, part_of, scene_captions, scene_object
+from coser.data.scene_words import PORTABLE, SIDES, Part, part_of, scene_captions, scene_object
 
 SHARES = {"on": 0.42, "beside": 0.16, "left of": 0.1, "right of": 0.1, "in front of": 0.05, "behind": 0.05, "and": 0.12}
 # Sizes are pulled together, so that an apple on a table is still seen: ratio ** COMPRESSION, SMALLEST at least.
@@ -41,6 +41,7 @@ MOST_CARRIED = 0.85  # of the carrier's size in life
 SHRINKS = (1.0, 0.8, 0.64)  # tried in turn where the upper one finds no place to lie on
 GAP = (0.02, 0.08)  # between neighbours, of the larger one's size
 SHIFT = 0.1  # of the same: how far neighbours stand out of line, at most
+HIDING = 0.8  # of the height of what stands behind: what stands in front of it must be lower
 ATOP = 0.9  # of the carrier's height: what lies higher lies on top of it
 SHARD = 400  # scenes
 DRAWS, PER_RELATION = 3000, 100  # of one scene, before giving up; and before another relation is tried
@@ -135,19 +136,16 @@ def _is_sensible(first: Part, relation: str, second: Part) -> bool:
     least = LEAST_RATIO["and" if relation == "and" else "beside"]
     if min(first.size, second.size) < least * max(first.size, second.size):
         return False
-    if (first.indoor and second.size > ROOM) or (second.indoor and first.size > ROOM):
+    if (first.indoor and second.outdoor) or (second.indoor and first.outdoor):
         return False
-    if relation in ("left of", "right of"):
+    if relation in SIDES:
         return second.asset.front_known
-    if relation == "behind":  # the larger of the two stands behind, where it can be seen
-        return second.asset.front_known and first.size >= second.size
-    if relation == "in front of":
-        return second.asset.front_known and first.size <= second.size
     return relation == "and" or first.size <= second.size
 
 
 def place(first: Part, relation: str, second: Part, draw: np.random.Generator) -> Scene | None:
-    """The scene that stands so; None where the first finds no place to lie on the second."""
+    """The scene that stands so; None where the first finds no place to lie on the second, or one would hide the other
+    from the front."""
     a, b = first.size, second.size
     small = max((min(a, b) / max(a, b)) ** COMPRESSION, SMALLEST)
     sizes = (small, 1.0) if a < b else (1.0, small)
@@ -157,6 +155,10 @@ def place(first: Part, relation: str, second: Part, draw: np.random.Generator) -
     gap, shift = draw.uniform(*GAP), draw.uniform(-SHIFT, SHIFT)
     boxes = [box_of(mesh[0]) for mesh in meshes]
     side = SIDES.get(relation) or (0, int(draw.choice([-1, 1])))
+    if side[0] == 2:
+        heights = [float(box[1, 1]) for box in boxes]
+        if min(heights) > HIDING * max(heights) or (heights[0] < heights[1]) != (relation == "in front of"):
+            return None
     if side[0] == 0:  # something small stands by the front of something deep rather than by its middle, to be seen
         depths = [float(box[1, 2] - box[0, 2]) for box in boxes]
         shift += draw.uniform(0, 0.5) * (depths[1] - depths[0])

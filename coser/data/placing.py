@@ -16,8 +16,9 @@ from torch import Tensor
 from coser.rasterizer import covered_pixels
 
 COARSE, FINE = 48, 256  # columns a side: to look for a place on the lower mesh, and to drop the upper one exactly there
-BASE = 0.03  # of the upper mesh's longest side: what lies no higher above its lowest point is what it stands on
-TOUCHING = 0.015  # of the same: columns with a smaller gap bear it
+# Of the upper mesh's longest side: what lies no higher above its lowest point is what it stands on, and columns with no
+# larger gap bear it. The same, so that a plane bears all of a ball's base.
+BASE = 0.03
 BORNE = 0.7  # share of the base that must be borne
 LOWEST = 0.25  # of the lower mesh's height: what would come to rest further down has fallen into it
 SHOWN = 0.5  # of the upper mesh's height that nothing of the lower one hides from straight in front
@@ -85,7 +86,7 @@ def _base(bottom: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def _borne(gap: Tensor, base: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Gaps [P,S,S] above what lies below => the share of the base [S,S] that touches it, [P]."""
-    return (gap[:, base] <= TOUCHING * (high - low).max()).double().mean(1)
+    return (gap[:, base] <= BASE * (high - low).max()).double().mean(1)
 
 
 def resting_places(lower: tuple[Tensor, Tensor], upper: tuple[Tensor, Tensor],
@@ -93,8 +94,8 @@ def resting_places(lower: tuple[Tensor, Tensor], upper: tuple[Tensor, Tensor],
     """Ways [3] to move the upper mesh so that it lies at rest on the lower one, its base borne.
 
     Both stand on the floor. The middle of the base is over a column that bears it, and the mesh has not fallen into the
-    lower one, nor is it hidden from the front. Looked for on a coarse grid, among the places nearest to the middle of all that would do; yielded once
-    the fine one agrees.
+    lower one, nor is it hidden from the front. Looked for on a coarse grid, among the quarter of all places that would
+    do which is nearest to the middle; yielded once the fine one agrees.
     """
     (low, high), (under_low, under_high) = box_of(upper[0]), box_of(lower[0])
     cell = float((under_high - under_low)[[0, 2]].max()) / COARSE
@@ -112,13 +113,14 @@ def resting_places(lower: tuple[Tensor, Tensor], upper: tuple[Tensor, Tensor],
     borne = _borne(gap, base, low, high)
     rows, columns = base.nonzero(as_tuple=True)
     middle = rows.double().mean().round().long(), columns.double().mean().round().long()
-    under = windows[:, middle[0], middle[1]] >= rise - TOUCHING * (high - low).max() - cell
+    under = windows[:, middle[0], middle[1]] >= rise - BASE * (high - low).max() - cell
     fits = (borne >= BORNE) & under & (rise >= LOWEST * under_high[1])
     places = fits.nonzero()[:, 0]
     if not len(places):
         return
     where = torch.stack([places // side, places % side], 1).double()
-    nearest = (where - where.mean(0)).norm(dim=1).argsort(stable=True)
+    center = ((under_high - under_low)[[2, 0]] / cell - (high - low)[[2, 0]] / cell) / 2 + count // 2
+    nearest = (where - center).norm(dim=1).argsort(stable=True)  # a seat rather than the arms beside it
     chosen = nearest[:max(1, len(nearest) // 4)].numpy()
     for place in draw.permutation(chosen)[:TRIES]:
         row, column = where[int(place)].tolist()

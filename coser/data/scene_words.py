@@ -21,14 +21,15 @@ def _metres(table: str) -> dict[str, float]:
 
 # Metres, the longest side. Flat on top, so that things may lie there:
 CARRIERS = _metres("""table 1.3, coffee table 1.0, side table 0.55, small table 0.8, round table 1.0, dining table 1.6,
-    desk 1.3, workbench 1.4, bench 1.4, chair 0.95, armchair 1.0, stool 0.55, bar stool 0.8, nightstand 0.55, cabinet 0.9,
-    bedside cabinet 0.55, bed 2.0, sofa 1.9, couch 1.9, barrel 0.95, keg 0.6, trunk 0.9, stump 0.6, pedestal 1.0,
-    pallet 1.2, shelf 1.2, bookcase 1.9, bookshelf 1.9, wardrobe 1.9, fridge 1.7, refrigerator 1.7, stove 0.9, oven 0.8,
-    washing machine 0.85, flat rock 1.0, plate 0.26, cutting board 0.45, box 0.45, crate 0.6, chest 0.75""")
+    desk 1.3, workbench 1.4, bench 1.4, chair 0.95, armchair 1.0, stool 0.55, bar stool 0.8, nightstand 0.55,
+    cabinet 0.9, bedside cabinet 0.55, bed 2.0, sofa 1.9, couch 1.9, barrel 0.95, keg 0.6, trunk 0.9, stump 0.6,
+    pedestal 1.0, pallet 1.2, shelf 1.2, bookcase 1.9, bookshelf 1.9, wardrobe 1.9, fridge 1.7, refrigerator 1.7,
+    stove 0.9, oven 0.8, washing machine 0.85, flat rock 1.0, plate 0.26, cutting board 0.45, box 0.45, crate 0.6,
+    chest 0.75""")
 # Small enough to be put on something; of the carriers, these too:
 PORTABLE = {name: CARRIERS[name] for name in ("box", "crate", "chest", "plate", "keg")} | _metres("""apple 0.09,
     banana 0.18, bomb 0.2, book 0.25, bottle 0.28, bowl 0.22, bread 0.3, bucket 0.35, burger 0.13, cheeseburger 0.13,
-    hamburger 0.13, cake 0.3, can 0.14, candle 0.2, carrot 0.2, cat 0.5, cauldron 0.5, cheese 0.25, coffee machine 0.4,
+    hamburger 0.13, cake 0.3, can 0.14, candle 0.2, cat 0.5, cauldron 0.5, cheese 0.25, coffee machine 0.4,
     compass 0.1, crown 0.25, cup 0.12, cupcake 0.09, donut 0.11, flask 0.2, frog 0.15, glass 0.18, goblet 0.2, ham 0.3,
     helmet 0.32, jar 0.16, lantern 0.4, table lamp 0.5, lemon 0.09, melon 0.3, microwave 0.5, monitor 0.5, muffin 0.1,
     mug 0.13, mushroom 0.15, onion 0.1, orange 0.1, pan 0.45, pear 0.11, pie 0.28, pillow 0.5, pineapple 0.35,
@@ -45,9 +46,10 @@ STANDING = _metres("""floor lamp 1.6, street lamp 4.5, cactus 1.4, plant 0.7, bu
     backpack 0.5, traffic cone 0.6, mech 4.0, trash can 0.8, tree trunk 3.0,
     street lantern 3.0, wooden cart 2.4, ladder 2.8, snowman 1.7""")
 SIZES = STANDING | PORTABLE | CARRIERS
-# Furniture: not beside what is larger than a room's things are, such as cars, horses and houses.
+# Kinds of rooms, which do not stand beside those of the open air or what is larger than a room's things.
 INDOOR = frozenset("""desk armchair stool nightstand cabinet bed sofa couch bookcase bookshelf shelf wardrobe fridge
-    refrigerator stove oven machine lamp microwave monitor laptop television plate""".split())  # kinds
+    refrigerator stove oven machine lamp microwave monitor laptop television plate""".split())
+OUTDOOR = frozenset("gravestone bush campfire hydrant sign signpost boulder rock log stump cone pig sheep".split())
 ROOM = 2.1  # metres
 # Objects called so stand on no floor, are several, or are not what the table means; with the last ones nothing is on:
 UNFIT = frozenset("""and with of on in from wall hanging ceiling overhead pendant upper mounted broken half chopped
@@ -59,12 +61,12 @@ NOT_CARRYING = frozenset("open opened empty filled stack vegetable".split())
 
 SIDES = {"left of": (0, -1), "right of": (0, 1), "behind": (2, -1), "in front of": (2, 1)}
 INVERSE = {"left of": "right of", "right of": "left of", "behind": "in front of", "in front of": "behind"}
-RELATIONS = ("on", "beside", *SIDES, "and")  # "and": two of the first kind and one of the second, "two crates and a sack"
+RELATIONS = ("on", "beside", *SIDES, "and")  # "and": two of the first and one of the second, "two crates and a sack"
 COLORS = frozenset(HUES) | frozenset("grey gray black white silver golden tan beige cyan copper bronze".split())
-LEADING = frozenset("""small large big tall short long low wide thin tiny round square old flat simple thick narrow little
-    deep""".split())  # these words come before a colour
-IRREGULAR = {"man": "men", "woman": "women", "cactus": "cacti", "shelf": "shelves", "knife": "knives", "sheep": "sheep",
-             "deer": "deer", "tomato": "tomatoes", "potato": "potatoes", "loaf": "loaves", "wolf": "wolves"}
+LEADING = frozenset("""small large big tall short long low wide thin tiny round square old flat simple thick narrow
+    little deep""".split())  # these words come before a colour
+IRREGULAR = {"cactus": "cacti", "shelf": "shelves", "knife": "knives", "sheep": "sheep", "deer": "deer",
+             "tomato": "tomatoes", "potato": "potatoes", "loaf": "loaves", "wolf": "wolves"}
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,10 @@ class Part:
     @property
     def indoor(self) -> bool:
         return self.kind in INDOOR and self.size <= ROOM
+
+    @property
+    def outdoor(self) -> bool:
+        return self.kind in OUTDOOR or self.size > ROOM
 
     @property
     def carries(self) -> bool:
@@ -123,6 +129,8 @@ def plural(noun: str) -> str:
     *before, last = noun.split()
     if last in IRREGULAR:
         last = IRREGULAR[last]
+    elif last.endswith("man"):
+        last = last[:-2] + "en"
     elif re.search(r"(s|x|z|ch|sh)$", last):
         last += "es"
     elif re.search(r"[^aeiou]y$", last):
@@ -146,7 +154,7 @@ def scene_captions(first: Part, relation: str, second: Part, atop: bool = True) 
     that the view from azimuth 0 shows, and every caption of a sided scene names them.
     """
     (a, plain_a, long_a), (b, plain_b, long_b) = (
-        (with_article(p.noun()), with_article(p.noun(colored=False)), with_article(p.noun(True))) for p in (first, second))
+        [with_article(noun) for noun in (p.noun(), p.noun(colored=False), p.noun(True))] for p in (first, second))
     if relation == "on":
         on = "on top of" if atop else "resting on"
         return (f"{a} on {b}", f"{plain_a} on {plain_b}", f"{long_a} {on} {long_b}", f"{b} with {a} on it")
