@@ -64,7 +64,7 @@ INVERSE = {"left of": "right of", "right of": "left of", "behind": "in front of"
 RELATIONS = ("on", "beside", *SIDES, "and")  # "and": two of the first and one of the second, "two crates and a sack"
 COLORS = frozenset(HUES) | frozenset("grey gray black white silver golden tan beige cyan copper bronze".split())
 LEADING = frozenset("""small large big tall short long low wide thin tiny round square old flat simple thick narrow
-    little deep""".split())  # these words come before a colour
+    little deep dark light""".split())  # these words come before a colour
 IRREGULAR = {"cactus": "cacti", "shelf": "shelves", "knife": "knives", "sheep": "sheep", "deer": "deer",
              "tomato": "tomatoes", "potato": "potatoes", "loaf": "loaves", "wolf": "wolves"}
 
