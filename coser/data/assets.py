@@ -1,8 +1,8 @@
 """Assets: captioned meshes read from a folder, either packed (index.jsonl + npz shards) or loose GLB/glTF/OBJ files.
 
 Packed form: `index.jsonl`, a JSON object a line with at least `id` and `shard`, and optionally `split`, `object`,
-`captions`, `colors`, `quality`, `front_known`; each shard is a numpy archive with `<id>_v` [V,3], `<id>_f` [F,3] and
-`<id>_c` uint8 [F,3,3] (RGB of each face's corners).
+`captions`, `colors`, `quality`, `front_known`, `kinds`; each shard is a numpy archive with `<id>_v` [V,3], `<id>_f`
+[F,3] and `<id>_c` uint8 [F,3,3] (RGB of each face's corners).
 Loose form: any GLB, glTF or OBJ below the folder; its captions are the lines of a text file of the same name beside it
 (`barrel.glb`, `barrel.txt`), or else its file name; of an object that lies there in several formats, the first of the
 three is read. Loose meshes are centred and scaled into the unit sphere. Colours are sRGB as pictures are; glTF's vertex
@@ -26,7 +26,10 @@ LOOSE_SUFFIXES = (".glb", ".gltf", ".obj")
 
 @dataclass(frozen=True)
 class Asset:
-    """One captioned mesh; geometry is read when asked for (`load_mesh`)."""
+    """One captioned mesh; geometry is read when asked for (`load_mesh`).
+
+    kinds: of a scene of several assets (`coser.data.compose`), the kinds it shows; empty for a single object.
+    """
 
     id: str
     path: Path
@@ -36,6 +39,7 @@ class Asset:
     colors: tuple[str, ...] = ()
     quality: int = 2
     front_known: bool = True
+    kinds: tuple[str, ...] = ()
     packed: bool = field(default=True, repr=False)
 
 
@@ -78,12 +82,23 @@ def last_word(asset: Any) -> str:
     return (asset.object.split() or [""])[-1].lower()
 
 
+def with_article(words: str) -> str:
+    """"oak tree" => "an oak tree"."""
+    return f"{'an' if words[0].lower() in 'aeiou' else 'a'} {words}"
+
+
+def in_unit_sphere(vertices: np.ndarray) -> np.ndarray:
+    """Vertices [V,3] moved so that their box is centred, and scaled so that the farthest lies on the unit sphere."""
+    vertices = vertices - (vertices.min(0) + vertices.max(0)) / 2
+    return vertices / max(np.linalg.norm(vertices, axis=1).max(), 1e-9)
+
+
 def _packed_asset(folder: Path, row: dict) -> Asset:
     return Asset(id=row["id"], path=folder / row["shard"], split=row.get("split", "train"),
                  object=row.get("object", ""),
                  captions=tuple(row.get("captions", ())) or (row.get("object", row["id"]),),
                  colors=tuple(row.get("colors", ())), quality=row.get("quality", 2),
-                 front_known=row.get("front_known", True))
+                 front_known=row.get("front_known", True), kinds=tuple(row.get("kinds", ())))
 
 
 def _loose_asset(folder: Path, path: Path) -> Asset:
@@ -125,9 +140,7 @@ def _load_loose(path: Path) -> tuple[Tensor, Tensor, Tensor]:
         offset += len(mesh.vertices)
     if not vertices:
         raise ValueError(f"{path} holds no triangles")
-    vertices = np.concatenate(vertices)
-    vertices = vertices - (vertices.min(0) + vertices.max(0)) / 2
-    vertices = vertices / max(np.linalg.norm(vertices, axis=1).max(), 1e-9)
+    vertices = in_unit_sphere(np.concatenate(vertices))
     return (torch.from_numpy(vertices.astype(np.float32)), torch.from_numpy(np.concatenate(faces).astype(np.int64)),
             torch.from_numpy(np.concatenate(colors).astype(np.float32)))
 
