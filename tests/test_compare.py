@@ -2,11 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from PIL import Image
 
 from coser.compare import LEVELS, Variant, estimate_figures, load_variants, main, table
+from coser.evaluate_prompts import LABEL_HEIGHT, SHEET_TILE
 from coser.flow import level_weights, noise_levels
 
 
@@ -54,6 +57,16 @@ def test_runs_of_a_given_length_and_inflated_ones(compared, renders, pipeline_fo
     grown = json.loads((tmp_path / "inflated" / "table.json").read_text())[0]["parameters"]
     assert grown > json.loads((tmp_path / "single" / "table.json").read_text())[0]["parameters"]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)  # neighbours are looked at by weights that are not new
+
+
+def test_the_sheet_shows_the_truth_and_every_finished_variant(compared):
+    out, line = compared
+    main([*line, "--sheet", str(out / "sheet.png")])
+    with Image.open(out / "sheet.png") as picture:
+        tiles = np.asarray(picture)
+    row = SHEET_TILE + LABEL_HEIGHT
+    assert tiles.shape[0] == 2 * row  # truth and one variant beside it, the other below
+    assert (tiles[row + LABEL_HEIGHT:, :SHEET_TILE] != tiles[LABEL_HEIGHT:row, :SHEET_TILE]).any()
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(compared):
