@@ -72,3 +72,9 @@ def latent_size(ring: Ring) -> int:
     """Side of the latents of a ring's views."""
     with safe_open(ring.path, "pt") as file:
         return file.get_slice("rgba").get_shape()[-1] // 16
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two autoencoder folders hold the same weights, in half precision."""
+    a, b = (load_file(f / "diffusion_pytorch_model.safetensors") for f in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[k].half(), b[k].half()) for k in a)

@@ -13,18 +13,22 @@ from solids import cube, sphere, table
 from torch import nn
 
 from coser import latents, train_denoiser, train_loop, train_recipe
+from coser.background import Background
 from coser.cameras import Cameras
 from coser.caption_states import encode_captions
+from coser.data.assets import split_assets
 from coser.data.dataset import RingBatch, ViewBatches, list_rings
 from coser.flow import flow_loss
+from coser.latents import same_weights
 from coser.models.unet import MultiviewUNet
 from coser.optimizer import MasterOptimizer
 from coser.pipeline import CoSERPipeline
+from coser.recipe_record import STAGES, Record
 from coser.shards import read_shards
 from coser.throughput import Throughput, bytes_kept, flop_of, matmul_rate
 from coser.train import main
 from coser.train_loop import Budget, Options, checkpoints
-from coser.train_recipe import PROMPTS, STAGES, Background, Record, same_weights, split_assets
+from coser.train_recipe import PROMPTS
 from tests.tiny import Killed
 
 SOLIDS = {"red-cube": cube(0.5), "big-cube": cube(0.6), "ball": sphere(0.7, rows=6), "table": table()}

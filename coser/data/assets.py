@@ -12,6 +12,7 @@ and material colours are linear and become so here.
 from __future__ import annotations
 
 import json
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 LOOSE_SUFFIXES = (".glb", ".gltf", ".obj")
+HELD_OUT_SHARE = 0.05  # of assets that come without a split
 
 
 @dataclass(frozen=True)
@@ -171,3 +173,25 @@ def _corner_colors(mesh, linear: bool) -> np.ndarray:
 def linear_to_srgb(colors: np.ndarray) -> np.ndarray:
     """Linear light in [0,1] => sRGB in [0,1] (IEC 61966-2-1)."""
     return np.where(colors <= 0.0031308, 12.92 * colors, 1.055 * np.maximum(colors, 0.0031308) ** (1 / 2.4) - 0.055)
+
+
+def split_assets(folder: Path, min_quality: int = 0) -> tuple[list[Asset], list[Asset]]:
+    """Assets to train on, and held out.
+
+    A packed folder's own splits `train` and `val`; where it has none, those whose id's crc32 says so are held out, at
+    least one. Raises ValueError for fewer than two assets.
+    """
+    assets = list_assets(folder, min_quality=min_quality)
+    train = [a for a in assets if a.split == "train"]
+    if any(a.split == "val" for a in assets):
+        held_out = [a for a in assets if a.split == "val"]
+    else:
+        ranked = sorted(train, key=lambda a: zlib.crc32(a.id.encode()))
+        below = HELD_OUT_SHARE * 2**32
+        held_out = [a for a in ranked if zlib.crc32(a.id.encode()) < below] or ranked[:1]
+        chosen = {a.id for a in held_out}
+        train = [a for a in train if a.id not in chosen]
+    if not train or not held_out:
+        raise ValueError("assets must be at least two, one to train on and one held out, got "
+                         f"{len(assets)} in {folder}")
+    return train, held_out
