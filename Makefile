@@ -1,4 +1,5 @@
-# `make demo` serves the app, `make test` runs the tests. Both first set up .venv, and only when something has changed.
+# `make demo` serves the app, `make test` runs the tests, one file a core at a time. Both first set up .venv, and only when
+# something has changed.
 SHELL := /bin/bash
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3))
 VENV := .venv
@@ -16,7 +17,7 @@ demo: $(VENV)/ready-app
 	$(VENV)/bin/python app.py
 
 test: $(VENV)/ready-test
-	$(VENV)/bin/python -m pytest tests
+	$(VENV)/bin/python -m pytest tests -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Khronos' validator, three.js and, where runs/bpy has it, Blender open our files: tests/interop/README.md
 interop: $(VENV)/ready-test

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import math
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -94,7 +96,7 @@ def make_scene(asset: Asset, num_views: int, size: int = 256, elevation: float =
 def measure(scene: Scene, method: Callable[[ViewSet, Cameras], Mesh]) -> dict[str, float]:
     """Makes a mesh of the scene's views => FIGURES of it. ValueError of a method that finds no surface passes through.
 
-    memory: MiB by which the process' resident set grew at most meanwhile, looked at every 5 ms.
+    memory: MiB by which the process' memory grew at most meanwhile, looked at every 5 ms.
     """
     with MemoryWatch() as memory:
         began, worked = time.perf_counter(), time.process_time()
@@ -113,14 +115,22 @@ def measure(scene: Scene, method: Callable[[ViewSet, Cameras], Mesh]) -> dict[st
 
 
 class MemoryWatch:
-    """`with MemoryWatch() as memory`: afterwards memory.added is how much (MiB) the resident set grew at most."""
+    """`with MemoryWatch() as memory`: afterwards memory.added is how much (MiB) the process' own memory grew at most.
+
+    What the allocator kept of memory freed before is given back first: whoever takes it again would seem to take none.
+    On Linux, resident pages of files (a program's code) do not count: the system takes them back when it likes.
+    """
 
     def __enter__(self) -> "MemoryWatch":
         gc.collect()
-        self.process, self.done = psutil.Process(), threading.Event()
-        self.start = self.peak = self.process.memory_info().rss
+        self.process, self.done, self.looking = psutil.Process(), threading.Event(), threading.Event()
+        self.start = self.peak = 0
         self.thread = threading.Thread(target=self._look, daemon=True)
         self.thread.start()
+        self.looking.wait()  # a thread takes over an ended one's heap, and that shrinks at its first look
+        if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc has it
+            trim(0)
+        self.start = self.peak = self._own()
         return self
 
     def __exit__(self, *error) -> None:
@@ -128,8 +138,14 @@ class MemoryWatch:
         self.thread.join()
 
     def _look(self) -> None:
+        self._own()
+        self.looking.set()
         while not self.done.wait(SAMPLED_EVERY):
-            self.peak = max(self.peak, self.process.memory_info().rss)
+            self.peak = max(self.peak, self._own())
+
+    def _own(self) -> int:
+        seen = self.process.memory_info()
+        return seen.rss - getattr(seen, "shared", 0)
 
     @property
     def added(self) -> float:

@@ -61,6 +61,7 @@ HELD_OUT_RINGS = 48  # enough for held-out losses that move by the weights and n
 GRAPHS = 256  # of a compiled part: one for each of its shapes, which come of view counts and places in the UNet
 SAMPLE_PROMPTS = ("a red barrel", "a green pine tree", "a yellow taxi", "a wooden chair", "a brown treasure chest",
                   "a grey castle tower")
+SAMPLE = dict(num_views=8, num_inference_steps=16)  # how each is drawn
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -249,10 +250,10 @@ def run(options: argparse.Namespace, loop: Options) -> None:
         rows = []
         for prompt in SAMPLE_PROMPTS if options.samples else ():
             generator = torch.Generator().manual_seed(0)
-            result = pipeline(prompt, num_views=8, num_inference_steps=16, generator=generator)
+            result = pipeline(prompt, generator=generator, **SAMPLE)
             rows.append(views_to_uint8(result.views))
         if rows:
-            picture_grid(np.concatenate(rows), 8).save(loop.run / f"samples-{step:06d}.png")
+            picture_grid(np.concatenate(rows), SAMPLE["num_views"]).save(loop.run / f"samples-{step:06d}.png")
         unet.train()
 
     def save_weights(folder: Path) -> None:

@@ -10,7 +10,7 @@ import httpx
 import pytest
 import torch
 import trimesh
-from drawn_pipeline import NOTHING, DrawnPipeline, box_views, mean_color, welded
+from drawn_pipeline import NOTHING, DrawnPipeline, box_views, fit_in_few_steps, mean_color, welded
 from gradio import SelectData
 from gradio.exceptions import Error
 from gradio_client import Client, handle_file
@@ -106,7 +106,8 @@ def ring(tmp_path_factory):
     return folder
 
 
-def test_pictures_of_ones_own_become_an_asset(visitor, ring):
+def test_pictures_of_ones_own_become_an_asset(visitor, ring, monkeypatch):
+    fit_in_few_steps(monkeypatch)
     files = [handle_file(path) for path in sorted(ring.iterdir())]
     picture, status, glb = visitor().predict(files, None, **ASSET, api_name="/reconstruct")
     assert status["stage"] == "done" and Image.open(picture).width > 700

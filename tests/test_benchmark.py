@@ -21,8 +21,8 @@ CPU = torch.device("cpu")
 REQUEST = GenerationRequest("a red box", num_views=4, num_inference_steps=4)
 
 
-@pytest.fixture
-def made(pipeline_folder, monkeypatch):
+@pytest.fixture(scope="module")
+def made(pipeline_folder):
     """A Studio around the tiny pipeline; what it finally draws is replaced by a box, so that there is a mesh."""
     decode = ViewAutoencoder.latents_to_views
 
@@ -30,12 +30,25 @@ def made(pipeline_folder, monkeypatch):
         decode(vae, latents)
         return box_views("red", Cameras.orbit(len(latents)))
 
-    monkeypatch.setattr(ViewAutoencoder, "latents_to_views", draw_a_box)
-    return Studio(pipeline_folder, "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ViewAutoencoder, "latents_to_views", draw_a_box)
+        yield Studio(pipeline_folder, "cpu")
 
 
-def test_every_stage_is_seen_as_often_as_it_runs_and_together_they_are_the_run(made, tmp_path):
-    seconds, stages = time_run(made, REQUEST, tmp_path)
+def functions(made):
+    """Some of those that a watch replaces."""
+    return (made.pipeline._predict, made.pipeline.vae.latents_to_preview, reconstruction.fuse, studio.grid, studio.export)
+
+
+@pytest.fixture(scope="module")
+def timed(made, tmp_path_factory):
+    """A run under the watch: (seconds, stages), its GLB, and functions before it and after it."""
+    folder, before = tmp_path_factory.mktemp("timed"), functions(made)
+    return time_run(made, REQUEST, folder), (folder / "benchmark.glb").read_bytes(), before, functions(made)
+
+
+def test_every_stage_is_seen_as_often_as_it_runs_and_together_they_are_the_run(timed):
+    seconds, stages = timed[0]
     assert {name: stage.calls for name, stage in stages.items()} == {
         "prompt encoding": 1, "denoising steps": 4, "solver": 4, "previews": 4, "grids": 5, "decoding": 2,
         "encoding": 1, "rendering": 1, "fusing": 2, "consensus fusing": 0, "checking the fit": 2, "simplifying": 6,
@@ -45,17 +58,11 @@ def test_every_stage_is_seen_as_often_as_it_runs_and_together_they_are_the_run(m
     assert all((s.seconds > 0) == (s.calls > 0) and s.growth >= 0 for s in stages.values())
 
 
-def test_watching_changes_nothing(made, tmp_path):
-    def functions():
-        return (made.pipeline._predict, made.pipeline.vae.latents_to_preview, reconstruction.fuse, studio.grid,
-                studio.export)
-
-    before = functions()
+def test_watching_changes_nothing(made, timed, tmp_path):
+    _, watched, before, after = timed
     for _ in made.generate(REQUEST, tmp_path / "plain.glb"):
         pass
-    time_run(made, REQUEST, tmp_path)
-    assert (tmp_path / "benchmark.glb").read_bytes() == (tmp_path / "plain.glb").read_bytes()
-    assert functions() == before
+    assert (tmp_path / "plain.glb").read_bytes() == watched and before == after
 
 
 def test_a_watch_counts_calls_and_operations_and_lets_go_after_errors():
@@ -157,5 +164,7 @@ def test_the_command_writes_its_report_and_tells_in_its_exit_code_whether_all_ba
     report = json.loads(Path(tmp_path / "report.json").read_text())
     assert report["matmul"] > 0 and set(BARS) <= set(report["figures"])
     assert next(s for s in report["stages"] if s["name"] == "denoising steps")["gflop"] > 0
+    measured = Report(**report | {"stages": [Stage(**s) for s in report["stages"]]})
+    monkeypatch.setattr(benchmark, "measure", lambda *args: measured)  # not again
     monkeypatch.setattr(benchmark, "BARS", dict.fromkeys(BARS, 0.0))
     assert main(command) == 1 and "missed" in capsys.readouterr().out

@@ -44,21 +44,28 @@ def address():
         process.terminate()
 
 
-@pytest.fixture
-def page(address):
+@pytest.fixture(scope="module")
+def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1280, "height": 1000})
-        page.set_default_timeout(120_000)
-        page.asked_elsewhere = []
-        page.on("request", lambda request: page.asked_elsewhere.append(request.url)
-                if not request.url.startswith((address, "data:", "blob:")) else None)
-        page.goto(address)
-        page.wait_for_selector("#go:enabled")
-        yield page
+        yield browser
         browser.close()
+
+
+@pytest.fixture
+def page(address, browser):
+    """The app's page as a new visitor sees it, without another's cookies or files."""
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.set_default_timeout(120_000)
+    page.asked_elsewhere = []
+    page.on("request", lambda request: page.asked_elsewhere.append(request.url)
+            if not request.url.startswith((address, "data:", "blob:")) else None)
+    page.goto(address)
+    page.wait_for_selector("#go:enabled")
+    yield page
+    page.close()
 
 
 def test_a_prompt_becomes_an_object_that_turns_and_downloads(page, tmp_path):

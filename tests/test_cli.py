@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import trimesh
-from drawn_pipeline import NOTHING, DrawnPipeline, box_views, mean_color, welded
+from drawn_pipeline import NOTHING, DrawnPipeline, box_views, fit_in_few_steps, mean_color, welded
 from PIL import Image
 
 from coser.__main__ import main
@@ -70,7 +70,8 @@ def test_what_cannot_be_made_exits_with_1_and_a_message(arguments, capsys, tmp_p
     assert not list(tmp_path.glob("*.glb")) and not list(tmp_path.glob(".*"))
 
 
-def test_views_of_ones_own_become_an_asset_in_several_formats(capsys, tmp_path):
+def test_views_of_ones_own_become_an_asset_in_several_formats(capsys, tmp_path, monkeypatch):
+    fit_in_few_steps(monkeypatch)
     (tmp_path / "ring").mkdir()
     views = box_views("a blue box", Cameras.orbit(6, 10.0))
     for i, picture in enumerate(views.on_background().permute(0, 2, 3, 1)):

@@ -7,10 +7,18 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
+from tiny import lighten
 
 from coser.compare import LEVELS, Variant, estimate_figures, load_variants, main, table
 from coser.evaluate_prompts import LABEL_HEIGHT, SHEET_TILE
 from coser.flow import level_weights, noise_levels
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_beside_the_training():
+    with pytest.MonkeyPatch.context() as patch:
+        lighten(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +28,7 @@ def compared(renders, pipeline_folder, tmp_path_factory):
     (folder / "variants.json").write_text(json.dumps(
         {"about": "a test", "variants": {"plain": "", "no pooled text": "--model '{\"pooled_dim\": 0}'"}}))
     line = [str(folder / "variants.json"), "--out", str(folder / "out"), "--minutes", "0.01", "--seeds", "0", "1",
-            "--arguments", f"--preset tiny --renders {renders[0]} --held-out {renders[0]} --device cpu --dtype float32 "
+            "--arguments", f"--preset tiny --renders {renders[0]} --held-out {renders[1]} --device cpu --dtype float32 "
             f"--autoencoder {pipeline_folder / 'vae'} --no-samples --log-every 1"]
     main(line)
     return folder / "out", line
@@ -45,7 +53,7 @@ def test_a_finished_run_is_not_repeated(compared):
 
 def test_runs_of_a_given_length_and_inflated_ones(compared, renders, pipeline_folder, tmp_path):
     """Single views first; then the same weights with mixers, of which the first step already differs by the dropping."""
-    arguments = (f"--preset tiny --renders {renders[0]} --held-out {renders[0]} --device cpu --dtype float32 "
+    arguments = (f"--preset tiny --renders {renders[0]} --held-out {renders[1]} --device cpu --dtype float32 "
                  f"--autoencoder {pipeline_folder / 'vae'} --no-samples --log-every 1 --warmup 1 --lr 1e-9")
     for name, variants in {"single": {"plain": "--model '{\"mixers\": []}'"}, "inflated": {"plain": ""}}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({"about": "a test", "variants": variants}))

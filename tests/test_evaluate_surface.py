@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 
 import numpy as np
 import pytest
@@ -88,14 +89,35 @@ def test_directions_around_are_even():
     assert nearest.min() > 15 and nearest.max() < 35
 
 
-def test_memory_watch_sees_what_is_taken_and_given_back():
+def expect_64_mib_to_be_seen(meanwhile=lambda: None):
     with MemoryWatch() as memory:
+        meanwhile()
         block = np.ones(64 * 2**20 // 8)
         for _ in range(20):
             block.sum()
         memory.done.wait(0.1)
         del block
     assert 40 < memory.added < 150
+
+
+def test_memory_watch_sees_what_is_taken_and_given_back():
+    expect_64_mib_to_be_seen()
+
+
+def test_memory_watch_sees_what_is_taken_from_memory_that_others_freed():
+    small_enough_for_the_heap = np.ones(30 * 2**20 // 8)
+    del small_enough_for_the_heap  # from now on glibc takes pieces of that size from its heap, not from the system
+    pieces = [np.ones(25 * 2**20 // 8) for _ in range(5)]
+    del pieces[:4]  # the last one keeps the heap from shrinking: 100 MiB stay resident and are the next to be taken
+    expect_64_mib_to_be_seen()
+
+
+def test_memory_watch_does_not_count_pages_of_files_that_go(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(96 * 2**20))
+    with (tmp_path / "file").open("rb") as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    assert not np.frombuffer(pages, np.uint8).any()  # looked at: resident
+    expect_64_mib_to_be_seen(pages.close)
 
 
 @pytest.fixture

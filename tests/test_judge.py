@@ -304,11 +304,9 @@ def test_a_ring_is_judged_as_its_pictures_are(judge, renders, tmp_path):
     assert ring.copied_front == pytest.approx(float(ring.front_likeness[0]), rel=0.2)
 
 
-def test_a_killed_training_resumes_to_the_same_judge(command, finished, tmp_path, monkeypatch):
-    kill_at_step(monkeypatch, 3)
-    with pytest.raises(Killed):
+def test_a_killed_training_resumes_to_the_same_judge(command, finished, tmp_path):
+    with kill_at_step(3), pytest.raises(Killed):
         main([*command, "--run", str(tmp_path / "run"), "--steps", "4"])
-    monkeypatch.undo()
     main([*command, "--run", str(tmp_path / "run"), "--steps", "4"])
     a, b = (load_file(checkpoints(r)[-1] / "training_state.safetensors") for r in (tmp_path / "run", finished))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in b)

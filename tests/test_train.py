@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from coser import train_denoiser, train_loop
+from coser import train_loop
 from coser.models.autoencoder import ViewAutoencoder
 from coser.optimizer import MasterOptimizer
 from coser.pipeline import CoSERPipeline
 from coser.train import main
 from coser.train_loop import Budget, Options, checkpoints
-from tests.tiny import Killed, kill_at_step
+from tests.tiny import Killed, kill_at_step, lighten
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,8 +35,8 @@ def options(renders, pipeline_folder):
 
 
 @pytest.fixture(autouse=True)
-def few_samples(monkeypatch):
-    monkeypatch.setattr(train_denoiser, "SAMPLE_PROMPTS", ("a red cube",))
+def little_beside_the_training(monkeypatch):
+    lighten(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +77,12 @@ def held_out(run: Path) -> dict:
 
 
 @pytest.mark.parametrize("verb", ["autoencoder", "denoiser"])
-def test_a_run_killed_between_checkpoints_ends_as_an_uninterrupted_one(verb, options, finished, tmp_path, monkeypatch):
+def test_a_run_killed_between_checkpoints_ends_as_an_uninterrupted_one(verb, options, finished, tmp_path):
     expected = finished(verb)
-    kill_at_step(monkeypatch, 5)
     command = [*options[verb], "--run", str(tmp_path / "run"), "--steps", "6", "--save-every", "2"]
-    with pytest.raises(Killed):
+    with kill_at_step(5), pytest.raises(Killed):
         main(command)
     assert checkpoints(tmp_path / "run")[-1].name == "checkpoint-4"
-    monkeypatch.undo()
     main(command)
     assert_same_end(tmp_path / "run", expected)
 
@@ -95,20 +93,19 @@ def test_how_often_a_run_saves_does_not_change_its_end(verb, options, finished, 
     assert_same_end(tmp_path / "run", finished(verb))
 
 
-def test_a_process_killed_at_any_moment_resumes_to_the_same_end(options, tmp_path):
-    tail = ["--steps", "14", "--save-every", "1"]
-    command = [*options["autoencoder"], "--run", str(tmp_path / "run"), *tail]
+def test_a_process_killed_at_any_moment_resumes_to_the_same_end(options, finished, tmp_path):
+    expected = finished("autoencoder")
+    command = [*options["autoencoder"], "--run", str(tmp_path / "run"), "--steps", "6", "--save-every", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-m", "coser.train", *command], env=environment, cwd=tmp_path,
                                stdout=subprocess.DEVNULL)
-    while process.poll() is None and len(checkpoints(tmp_path / "run")) < 2:
+    while process.poll() is None and not checkpoints(tmp_path / "run"):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
     main(command)
     assert any("resumed" in line for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines())
-    main([*options["autoencoder"], "--run", str(tmp_path / "whole"), *tail])
-    assert_same_end(tmp_path / "run", tmp_path / "whole")
+    assert_same_end(tmp_path / "run", expected)
 
 
 def test_a_checkpoint_is_a_pipeline_with_the_averaged_weights(finished):

@@ -12,7 +12,7 @@ import trimesh
 from solids import cube, sphere, table
 from torch import nn
 
-from coser import latents, train_denoiser, train_loop, train_recipe
+from coser import evaluate_prompts, latents, train_denoiser, train_loop, train_recipe
 from coser.background import Background
 from coser.cameras import Cameras
 from coser.caption_states import encode_captions
@@ -27,9 +27,10 @@ from coser.recipe_record import STAGES, Record
 from coser.shards import read_shards
 from coser.throughput import Throughput, bytes_kept, flop_of, matmul_rate
 from coser.train import main
+from coser.train_denoiser import sample_flop
 from coser.train_loop import Budget, Options, checkpoints
 from coser.train_recipe import PROMPTS
-from tests.tiny import Killed
+from tests.tiny import Killed, lighten
 
 SOLIDS = {"red-cube": cube(0.5), "big-cube": cube(0.6), "ball": sphere(0.7, rows=6), "table": table()}
 TINY = ["--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--minutes", "10", "--size", "64",
@@ -46,11 +47,17 @@ def assets(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def few_samples(monkeypatch):
-    monkeypatch.setattr(train_denoiser, "SAMPLE_PROMPTS", ("a red cube",))
+def draw_little(monkeypatch) -> None:
+    """Evaluations draw four views in two steps and fuse them coarsely: what untrained weights draw is all over the place."""
     monkeypatch.setattr(train_recipe, "DRAWING", dict(num_views=4, num_inference_steps=2))
     monkeypatch.setattr(train_recipe, "PROMPT_SECONDS", {})
+    monkeypatch.setattr(evaluate_prompts, "QUICK", evaluate_prompts.QUICK | {"resolution": 32})
+
+
+@pytest.fixture(autouse=True)
+def little_beside_the_training(monkeypatch):
+    lighten(monkeypatch)
+    draw_little(monkeypatch)
 
 
 def recipe(run) -> dict:
@@ -88,7 +95,7 @@ def killed(assets, tmp_path_factory):
     """A run that was killed at the denoiser's step 3, one step after its last checkpoint."""
     run = tmp_path_factory.mktemp("first") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(train_denoiser, "SAMPLE_PROMPTS", ("a red cube",))
+        lighten(monkeypatch)
         kill_denoiser_at(3, monkeypatch)
         with pytest.raises(Killed):
             main(["all", "--assets", str(assets), "--run", str(run), *TINY, "--steps", "4",
@@ -104,8 +111,7 @@ def finished(assets, killed, tmp_path_factory):
     before = stamps(run)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(train_denoiser, "SAMPLE_PROMPTS", ("a red cube",))
-        monkeypatch.setattr(train_recipe, "DRAWING", dict(num_views=4, num_inference_steps=2))
-        monkeypatch.setattr(train_recipe, "PROMPT_SECONDS", {})
+        draw_little(monkeypatch)
         main(["all", "--assets", str(assets), "--run", str(run), *TINY, "--steps", "4"])
     return run, before
 
@@ -375,8 +381,8 @@ def test_a_sample_s_operations_are_counted_for_each_view_count_and_are_as_many_a
         batch = RingBatch(torch.randn(3, num_views, 4, 16, 16), Cameras.orbit(num_views), ["a"] * 3)
         embeds = pipeline.encode_prompt(batch.captions)
         mixers = tuple(unet.config.mixers)
-        counted[num_views] = train_denoiser.sample_flop(meter, unet, batch, embeds, mixers)
-        fewer = train_denoiser.sample_flop(meter, unet, batch, embeds, mixers[:1])
+        counted[num_views] = sample_flop(meter, unet, batch, embeds, mixers)
+        fewer = sample_flop(meter, unet, batch, embeds, mixers[:1])
         whole = flop_of(lambda: flow_loss(unet, batch, embeds, torch.Generator().manual_seed(0),
                                                          mixers).backward())
         unet.zero_grad(set_to_none=True)

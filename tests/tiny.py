@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from solids import cube, sphere
 
-from coser import train_loop
+from coser import train_autoencoder, train_denoiser, train_loop
 from coser.data.assets import list_assets
 from coser.data.render import render_assets
 from coser.flow import small_scheduler
@@ -17,8 +20,6 @@ from coser.models.autoencoder import ViewAutoencoder
 from coser.models.text_encoder import SentenceTextEncoder, load_tokenizer
 from coser.models.unet import MultiviewUNet
 from coser.pipeline import CoSERPipeline
-from coser.train_autoencoder import PRESETS as AUTOENCODERS
-from coser.train_denoiser import PRESETS as DENOISERS
 
 STATISTICS = dict(latent_mean=(0.1, -0.2, 0.3, 0.0), latent_std=(0.5, 0.6, 0.7, 0.8))
 
@@ -27,8 +28,9 @@ class Killed(BaseException):
     """Nothing in the code may catch it."""
 
 
-def kill_at_step(monkeypatch, killed_at: int) -> None:
-    """Kills the next training when it is about to end its step of that number; `monkeypatch.undo` ends the threat."""
+@contextlib.contextmanager
+def kill_at_step(killed_at: int) -> Iterator[None]:
+    """Inside, a training is killed when it is about to end its step of that number."""
     schedule = train_loop.schedule
 
     def until_then(progress, step, *args):
@@ -36,14 +38,28 @@ def kill_at_step(monkeypatch, killed_at: int) -> None:
             raise Killed
         return schedule(progress, step, *args)
 
-    monkeypatch.setattr(train_loop, "schedule", until_then)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_loop, "schedule", until_then)
+        yield
+
+
+def lighten(monkeypatch) -> None:
+    """Trainings do less of what is not training: one small sample picture, statistics of few latents, nothing counted.
+
+    Counting operations has its own tests; it takes longer than all steps of a tiny run.
+    """
+    statistics = train_autoencoder.latent_statistics
+    monkeypatch.setattr(train_autoencoder, "latent_statistics", lambda model, batches: statistics(model, batches, 2))
+    monkeypatch.setattr(train_denoiser, "SAMPLE_PROMPTS", ("a red cube",))
+    monkeypatch.setattr(train_denoiser, "SAMPLE", dict(num_views=4, num_inference_steps=2))
+    monkeypatch.setattr(train_denoiser, "sample_flop", lambda *args: 1)
 
 
 def tiny_pipeline(seed: int = 0) -> CoSERPipeline:
     """All parts real, the sizes of the presets called tiny, weights random but without a zero: every part has a say."""
     torch.manual_seed(seed)
-    vae = ViewAutoencoder(**AUTOENCODERS["tiny"]["model"], **STATISTICS)
-    unet = MultiviewUNet(**DENOISERS["tiny"]["model"])
+    vae = ViewAutoencoder(**train_autoencoder.PRESETS["tiny"]["model"], **STATISTICS)
+    unet = MultiviewUNet(**train_denoiser.PRESETS["tiny"]["model"])
     for model in (vae, unet):
         for parameter in model.parameters():
             if not parameter.any():
