@@ -27,6 +27,7 @@ from coser import consistency, finishing, reconstruction, studio, train_denoiser
 from coser.cameras import Cameras
 from coser.data.dataset import RingBatch
 from coser.devices import choose_device, choose_dtype
+from coser.flow import flow_loss
 from coser.models.unet import MultiviewUNet
 from coser.optimizer import MasterOptimizer
 from coser.pipeline import CoSERPipeline, PromptEmbeds
@@ -187,7 +188,7 @@ def measure_training(preset: str, device: torch.device, dtype: torch.dtype,
     embeds = PromptEmbeds(states, torch.ones(rings, 16, dtype=torch.bool, device=device), states.mean(1))
 
     def step() -> None:
-        train_denoiser.flow_loss(unet, batch, embeds, torch.Generator().manual_seed(0)).backward()
+        flow_loss(unet, batch, embeds, torch.Generator().manual_seed(0)).backward()
         optimizer.step()
 
     with flop_counter() as counter:  # also the warm-up

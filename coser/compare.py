@@ -14,22 +14,29 @@ import json
 import shlex
 import shutil
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from PIL import Image
 
 from coser import train
 from coser.agreement import neighbour_color_psnr
-from coser.data.dataset import list_rings, step_generator
+from coser.cameras import Cameras
+from coser.data.dataset import RingBatch, list_rings, step_generator
 from coser.data.render import load_ring
+from coser.evaluate_prompts import contact_sheet, sheet_row
+from coser.flow import flow_loss
 from coser.metrics import silhouette_iou
 from coser.pipeline import CoSERPipeline
+from coser.throughput import bytes_kept
 from coser.train_autoencoder import autoencoder_figures
 from coser.train_loop import checkpoints
+from coser.views import ViewSet
 
-RINGS, VIEWS = 12, 12  # held-out rings whose estimates are decoded, and views of each
+RINGS, VIEWS = 8, 12  # held-out rings whose estimates are decoded, and views of each
 LEVELS = (0.85, 0.97)  # from there on; a nearly clean estimate says nothing about the denoiser
 
 
@@ -51,44 +58,77 @@ def load_variants(path: Path) -> list[Variant]:
     return [Variant(name, tuple(shlex.split(line))) for name, line in variants.items()]
 
 
-@torch.no_grad()
+def estimates(pipeline: CoSERPipeline, renders: Path,
+              chosen: slice = slice(None)) -> Iterator[tuple[float, ViewSet, ViewSet, Cameras]]:
+    """Of every held-out ring `chosen` among RINGS and every level of LEVELS: the level, the decoded one-step estimate,
+    the true views, their cameras. The first caption is given, without guidance."""
+    rings = list_rings(renders)
+    rings = rings[::max(1, len(rings) // RINGS)][:RINGS]
+    for i, ring in list(enumerate(rings))[chosen]:
+        views, cameras = load_ring(ring.path)
+        stride = max(1, len(views) // VIEWS)
+        views, cameras = views[::stride], cameras[::stride]
+        with torch.no_grad():
+            embeds = pipeline.encode_prompt([ring.captions[0]])
+            clean = pipeline.vae.views_to_latents(views).float()
+            for level in LEVELS:
+                noise = torch.randn(clean.shape, generator=step_generator(11, i))
+                noisy = (1 - level) * clean + level * noise
+                flow = pipeline.unet(noisy[None].to(pipeline.unet.dtype), torch.tensor([level * 1000]), embeds.states,
+                                     cameras, pooled=embeds.pooled, attention_mask=embeds.mask)[0].float()
+                yield level, pipeline.latents_to_views(noisy - level * flow), views, cameras
+
+
 def estimate_figures(pipeline: CoSERPipeline, renders: Path) -> dict[str, float]:
     """How close decoded one-step estimates come to held-out views, at LEVELS of noise: comparable between autoencoders.
 
     RGB PSNR over the object (dB) and silhouette IoU, means over views, and how alike neighbours paint the same places of
-    the true surface (dB); the first caption is given, without guidance.
+    the true surface (dB).
     """
-    rings = list_rings(renders)
-    rings = rings[::max(1, len(rings) // RINGS)][:RINGS]
     figures: dict[str, list[float]] = {}
-    for i, ring in enumerate(rings):
-        views, cameras = load_ring(ring.path)
-        stride = max(1, len(views) // VIEWS)
-        views, cameras = views[::stride], cameras[::stride]
-        embeds = pipeline.encode_prompt([ring.captions[0]])
-        clean = pipeline.vae.views_to_latents(views).float()
-        for level in LEVELS:
-            noise = torch.randn(clean.shape, generator=step_generator(11, i))
-            noisy = (1 - level) * clean + level * noise
-            flow = pipeline.unet(noisy[None].to(pipeline.unet.dtype), torch.tensor([level * 1000]), embeds.states,
-                                 cameras, pooled=embeds.pooled,
-                                 attention_mask=embeds.mask)[0].float()
-            estimate = pipeline.latents_to_views(noisy - level * flow)
-            figures.setdefault(f"psnr_{level}", []).append(autoencoder_figures(estimate, views)["psnr"])
-            iou = silhouette_iou(estimate.masks, views.masks)
-            figures.setdefault(f"iou_{level}", []).append(float(iou.mean()))
-            alike = neighbour_color_psnr(estimate, views, cameras)
-            figures.setdefault(f"neighbours_{level}", []).append(alike)
+    for level, estimate, views, cameras in estimates(pipeline, renders):
+        found = {"psnr": autoencoder_figures(estimate, views)["psnr"],
+                 "iou": float(silhouette_iou(estimate.masks, views.masks).mean()),
+                 "neighbours": neighbour_color_psnr(estimate, views, cameras)}
+        for name, value in found.items():
+            figures.setdefault(f"{name}_{level}", []).append(value)
     return {name: statistics.mean(values) for name, values in figures.items()}
+
+
+def sheet(variants: list[Variant], options: argparse.Namespace, seed: int, ring: int) -> Image.Image:
+    """The true views of held-out ring number `ring`, and below them every finished variant's estimates of them."""
+    rows = []
+    for variant in variants:
+        folder = options.out / f"{variant.slug}-{seed}"
+        if (folder / "row.json").is_file():
+            pipeline = CoSERPipeline.from_pretrained(checkpoints(folder)[-1])
+            pipeline.unet.float(), pipeline.vae.float()
+            parsed, _ = train.parse(command_line(variant, seed, folder, options))
+            drawn = list(estimates(pipeline, parsed.held_out, slice(ring, ring + 1)))
+            rows = rows or [("truth", sheet_row(drawn[0][2], None)[:-2])]
+            rows.append((f"{variant.name}, from noise level {drawn[0][0]}", sheet_row(drawn[0][1], None)[:-2]))
+    return contact_sheet(rows)
+
+
+def mebibytes_kept(pipeline: CoSERPipeline, num_views: int = 12) -> float:
+    """What one ring keeps for the backward pass, MiB."""
+    unet = pipeline.unet
+    batch = RingBatch(torch.zeros(1, num_views, unet.config.unet["in_channels"], *[unet.config.unet["sample_size"]] * 2),
+                      Cameras.orbit(num_views), [""])
+    embeds = pipeline.encode_prompt(batch.captions)
+    return bytes_kept(lambda: flow_loss(unet, batch, embeds, step_generator(0, 0))) / 2**20
+
+
+def command_line(variant: Variant, seed: int, folder: Path, options: argparse.Namespace) -> list[str]:
+    """What `coser.train` is told of a run."""
+    budget = ["--steps", str(options.steps)] if options.steps else ["--minutes", str(options.minutes)]
+    return ["denoiser", "--run", str(folder), *budget, "--processor-time", "--seed", str(seed), "--save-every",
+            "1000000", "--evaluate-every", "1000000", *shlex.split(options.arguments), *variant.arguments]
 
 
 def train_variant(variant: Variant, seed: int, folder: Path, options: argparse.Namespace) -> dict:
     """One run from its first step to its figures; its row. The checkpoint's training state is not kept."""
-    budget = ["--steps", str(options.steps)] if options.steps else ["--minutes", str(options.minutes)]
-    arguments = ["denoiser", "--run", str(folder), *budget, "--processor-time", "--seed", str(seed),
-                 "--save-every", "1000000", "--evaluate-every", "1000000", *shlex.split(options.arguments),
-                 *variant.arguments]
-    parsed, loop = train.parse(arguments)
+    parsed, loop = train.parse(command_line(variant, seed, folder, options))
     parsed.run_verb(parsed, loop)
     checkpoint = checkpoints(folder)[-1]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -99,7 +139,7 @@ def train_variant(variant: Variant, seed: int, folder: Path, options: argparse.N
     row = {"variant": variant.name, "seed": seed, "steps": held_out["step"],
            "seconds": json.loads((checkpoint / "training.json").read_text())["seconds"],
            "views_per_second": statistics.median(r["views_per_second"] for r in log if "views_per_second" in r),
-           "parameters": sum(p.numel() for p in pipeline.unet.parameters()),
+           "mebibytes": mebibytes_kept(pipeline), "parameters": sum(p.numel() for p in pipeline.unet.parameters()),
            **{k: v for k, v in held_out.items() if k.startswith("loss")},
            **estimate_figures(pipeline, parsed.held_out)}
     (checkpoint / "training_state.safetensors").unlink()
@@ -107,24 +147,32 @@ def train_variant(variant: Variant, seed: int, folder: Path, options: argparse.N
 
 
 def table(rows: list[dict], variants: list[Variant]) -> str:
-    """Markdown: a line a variant, means over its seeds; where there are several, the half range between them."""
+    """Markdown: a line a variant, means over its seeds; where there are several, the half range between them.
+
+    "against plain" is the loss less that of the first variant with the same seed, which draws the same samples and
+    noise: its range tells more than the losses' own.
+    """
     figures = [k for k in rows[0] if k.startswith(("loss", "psnr", "iou", "neighbours"))]
     names = {k: k.replace("_", " at ").replace("psnr", "PSNR").replace("iou", "IoU") for k in figures}
-    lines = ["| variant | seeds | M parameters | steps | minutes | " + " | ".join(names.values()) + " |",
-             "|---" * (5 + len(figures)) + "|"]
+    lines = ["| variant | seeds | M parameters | steps | minutes | MiB kept a ring | against plain | "
+             + " | ".join(names.values()) + " |", "|---" * (7 + len(figures)) + "|"]
+    plain = {r["seed"]: r["loss"] for r in rows if r["variant"] == variants[0].name}
+
+    def cell(values: list[float], digits: int, sign: str = "") -> str:
+        half = (max(values) - min(values)) / 2
+        return f"{statistics.mean(values):{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
+
     for variant in variants:
         own = [r for r in rows if r["variant"] == variant.name]
         if not own:
             continue
-        cells = []
+        paired = [r["loss"] - plain[r["seed"]] for r in own if r["seed"] in plain]
+        cells = [cell(paired, 4, "+") if paired else ""]
         for key in figures:
-            values = [r[key] for r in own]
-            half = (max(values) - min(values)) / 2
-            digits = 2 if key.startswith(("psnr", "neighbours")) else 4
-            cells.append(f"{statistics.mean(values):.{digits}f}" + (f" ± {half:.{digits}f}" if len(own) > 1 else ""))
+            cells.append(cell([r[key] for r in own], 2 if key.startswith(("psnr", "neighbours")) else 4))
         lines.append(f"| {variant.name} | {len(own)} | {own[0]['parameters'] / 1e6:.1f} | "
                      f"{statistics.mean(r['steps'] for r in own):.0f} | "
-                     f"{statistics.mean(r['seconds'] for r in own) / 60:.1f} | " + " | ".join(cells) + " |")
+                     f"{statistics.mean(r['seconds'] for r in own) / 60:.1f} | {own[0]['mebibytes']:.0f} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -138,6 +186,8 @@ def parser() -> argparse.ArgumentParser:
     budget.add_argument("--steps", type=int, help="of each run, however long they take")
     top.add_argument("--seeds", type=int, nargs="+", default=[0])
     top.add_argument("--arguments", default="", help="of `coser.train denoiser`, for all variants")
+    top.add_argument("--sheet", type=Path, help="where pictures of every variant's estimates go (PNG or WebP)")
+    top.add_argument("--sheet-ring", type=int, default=0, help=f"which of {RINGS} held-out rings they show")
     return top
 
 
@@ -162,6 +212,8 @@ def main(arguments: list[str] | None = None) -> None:
             (options.out / "table.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
             (options.out / "table.md").write_text(table(rows, variants), encoding="utf-8")
             print(table(rows, variants), flush=True)
+    if options.sheet:
+        sheet(variants, options, options.seeds[0], options.sheet_ring).save(options.sheet)
 
 
 def finished_rows(variants: list[Variant], options: argparse.Namespace) -> list[dict]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+
 import torch
+
+DTYPES = ("bfloat16", "float32")
 
 
 def choose_device(device: str | None) -> tuple[torch.device, str]:
@@ -22,3 +26,15 @@ def choose_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
         return torch.bfloat16, "the processor has AMX"
     return torch.float32, "no quick bfloat16 here"
+
+
+def add_dtype_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the computation; without it, the quick one on the "
+                        "device: bfloat16 with CUDA or AMX, else float32")
+
+
+def dtype_asked_for(options: argparse.Namespace) -> torch.dtype:
+    """What add_dtype_option was told, or the quick one on options.device (a processor where there is none)."""
+    if options.dtype:
+        return getattr(torch, options.dtype)
+    return choose_dtype(torch.device(getattr(options, "device", "cpu")))[0]

@@ -17,6 +17,7 @@ from coser.agreement import cross_render_psnr
 from coser.cameras import ELEVATION, Cameras
 from coser.data.assets import Asset, list_assets, load_mesh
 from coser.data.dataset import held_out_views, list_rings
+from coser.devices import add_dtype_option, dtype_asked_for
 from coser.metrics import psnr, render_mesh, silhouette_iou, ssim
 from coser.models.autoencoder import ViewAutoencoder
 from coser.rasterizer import render
@@ -92,7 +93,7 @@ def _reconstruction(arguments: argparse.Namespace) -> None:
 
 
 def _autoencoder(arguments: argparse.Namespace) -> None:
-    model = ViewAutoencoder.from_pretrained(arguments.checkpoint / "vae", dtype=getattr(torch, arguments.dtype))
+    model = ViewAutoencoder.from_pretrained(arguments.checkpoint / "vae", dtype=dtype_asked_for(arguments))
     views = held_out_views(list_rings(arguments.renders), arguments.per_ring)
     figures = autoencoder_figures(reconstruct_views(model, views), views)
     print(f"{len(views)} views:", ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
@@ -118,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--renders", type=Path, required=True, help="folder written by coser.data.render")
     verb.add_argument("--checkpoint", type=Path, default=evaluate_prompts.SMALL, help="pipeline folder")
     verb.add_argument("--per-ring", type=int, default=2, help="views of each ring, spread evenly")
-    verb.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    add_dtype_option(verb)
     verb.set_defaults(run=_autoencoder)
     verb = verbs.add_parser(evaluate_prompts.VERB, help="prompts => views => mesh, and a contact sheet")
     evaluate_prompts.add_options(verb)

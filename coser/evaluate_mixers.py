@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from coser.agreement import cross_render_psnr
+from coser.devices import dtype_asked_for
 from coser.evaluate_prompts import add_drawing_options, contact_sheet, sheet_row
 from coser.metrics import sharpness
 from coser.pipeline import CoSERPipeline, MultiviewStep
@@ -82,7 +83,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    pipeline = CoSERPipeline.from_pretrained(options.checkpoint, dtype=getattr(torch, options.dtype)).to(options.device)
+    pipeline = CoSERPipeline.from_pretrained(options.checkpoint, dtype=dtype_asked_for(options)).to(options.device)
     prompts = [line.strip() for line in options.prompts.read_text("utf-8").splitlines() if line.strip()]
     scores: list[dict] = []
     rows: list[tuple[str, np.ndarray]] = []

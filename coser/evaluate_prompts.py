@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from coser.agreement import cross_render_psnr
 from coser.cameras import Cameras
 from coser.consistency import CONSISTENCY, fused_views
+from coser.devices import add_dtype_option, dtype_asked_for
 from coser.metrics import psnr, render_mesh, sharpness, silhouette_iou
 from coser.pipeline import CoSERPipeline, MultiviewStep
 from coser.reconstruction import QUICK, Mesh, reconstruct
@@ -104,7 +105,7 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    add_dtype_option(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -115,7 +116,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    pipeline = CoSERPipeline.from_pretrained(options.checkpoint, dtype=getattr(torch, options.dtype)).to(options.device)
+    pipeline = CoSERPipeline.from_pretrained(options.checkpoint, dtype=dtype_asked_for(options)).to(options.device)
     prompts = [line.strip() for line in options.prompts.read_text("utf-8").splitlines() if line.strip()]
     names = ["seconds", "faces", "watertight", "cross", "own_psnr", "own_iou", "coverage", "sharpness"]
     print(f"{'prompt':28}", *(f"{n:>10}" for n in names))

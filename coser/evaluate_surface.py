@@ -128,8 +128,8 @@ class MemoryWatch:
         self.thread = threading.Thread(target=self._look, daemon=True)
         self.thread.start()
         self.looking.wait()  # a thread takes over an ended one's heap, and that shrinks at its first look
-        if sys.platform == "linux":
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc has it
+            trim(0)
         self.start = self.peak = self._own()
         return self
 

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from coser.cameras import Cameras
 from coser.consistency import CONSISTENCY, fused_views
 from coser.data.dataset import Ring, list_rings
 from coser.data.render import load_ring, save_ring
+from coser.devices import add_dtype_option, dtype_asked_for
 from coser.evaluate_prompts import SMALL, contact_sheet, sheet_row
 from coser.judge import ViewJudge, is_janus, load_judge, nearest_distances, ring_embedding
 from coser.metrics import psnr, render_mesh, sharpness, silhouette_iou
@@ -35,17 +36,21 @@ from coser.views import ViewSet, views_to_uint8
 VERB = "table"
 QUESTIONS = Path(__file__).parent / "data" / "questions.json"
 MIN_KIND_COUNT = 3  # a kind with fewer assets is a word that a model has hardly met
-WORDS = ("object_right", "object_in_5", "color_right", "both_right", "caption_fit")
+WORDS = ("object_right", "object_in_5", "color_right", "both_right", "kinds_in_2", "kinds_in_5", "caption_fit")
 TSED_SHOWN = (1.0, 2.0, 5.0)  # pixels; the JSON file has the whole curve
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and what its picture must show: the kind of object and the main colour."""
+    """A prompt and what its picture must show: the kind of object and the main colour.
+
+    Or, of a composition, all of several `kinds`; it has no main colour, "".
+    """
 
     prompt: str
     object: str
-    color: str
+    color: str = ""
+    kinds: tuple[str, ...] = ()
 
 
 def draw_questions(rings: list[Ring], count: int, seed: int = 0) -> list[Question]:
@@ -77,7 +82,9 @@ def load_questions(path: Path, name: str) -> list[Question]:
     lists = json.loads(path.read_text("utf-8"))["lists"]
     if name not in lists:
         raise ValueError(f"questions must be one of {', '.join(lists)}, got {name!r}")
-    return [Question(**entry) for entry in lists[name]]
+    known = {field.name for field in fields(Question)}
+    return [Question(**{k: tuple(v) if k == "kinds" else v for k, v in entry.items() if k in known})
+            for entry in lists[name]]
 
 
 def slug(prompt: str) -> str:
@@ -105,7 +112,8 @@ def draw_rings(pipeline: CoSERPipeline, questions: list[Question], folder: Path,
         save_ring(folder / f"{name}-0.safetensors", result.views.to("cpu"), result.cameras.to("cpu"))
         stages = {stage.name: round(stage.seconds, 4) for stage in watch.stages.values() if stage.calls}
         rows[name] = {"id": name, "object": question.object, "captions": [question.prompt],
-                      "colors": [question.color], "seconds": round(seconds, 4), "stages": stages}
+                      "colors": [question.color] if question.color else [], "kinds": list(question.kinds),
+                      "seconds": round(seconds, 4), "stages": stages}
         (folder / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows.values()), "utf-8")
         print(f"{len(rows):4} {question.prompt:32} {seconds:6.1f} s", flush=True)
     wanted = {slug(q.prompt) for q in questions}
@@ -146,11 +154,19 @@ def judge_figures(judge: ViewJudge, reference: Tensor, ring: Ring, views: ViewSe
     """Whether a ring shows what was asked for, once only, and how near it lies to the training assets.
 
     reference [M,D]: embeddings of the training assets' rings. Questions that make no sense for the ring's words (a kind
-    that the judge was not taught, a Janus of a barrel) are left out.
+    that the judge was not taught, a Janus of a barrel) are left out. A composition is right when all its kinds are
+    among the judge's first guesses for the ring: `kinds_in_2` and `kinds_in_5`. The judge was taught single objects
+    alone, and a softmax has one first place: so no kind is asked for to be first, and true renders of compositions of
+    held-out assets beside it say what such a count can reach.
     """
     said = judge.judge(views)
     figures = {"nearest": float(nearest_distances(ring_embedding(said.embeddings)[None], reference)[0]),
                "caption_fit": float((said.embeddings @ judge.embed_text([ring.captions[0]])[0]).mean())}
+    if ring.kinds:
+        if set(ring.kinds) <= set(judge.config.kinds):
+            guesses = judge.verdict(said.embeddings, ring.kinds[0]).top_objects
+            figures |= {f"kinds_in_{n}": float(set(ring.kinds) <= set(guesses[:n])) for n in (2, 5)}
+        return figures
     if judge.has_front(ring.object):
         figures["janus"] = float(is_janus(said.sectors[:, 0].exp(), cameras.azimuths, **judge.janus_rule))
     color = ring.colors[0] if ring.colors and ring.colors[0] in judge.config.colors else None
@@ -267,11 +283,14 @@ LINES = (
     Line("rings without a surface", "failed", share, "{:.1%}"),
     Line("object right, first guess of the judge", "object_right", share, "{:.1%}"),
     Line("object among its first five", "object_in_5", share, "{:.1%}"),
+    Line("all objects of a composition among its first two", "kinds_in_2", share, "{:.1%}"),
+    Line("all objects of a composition among its first five", "kinds_in_5", share, "{:.1%}"),
     Line("colour right", "color_right", share, "{:.1%}"),
     Line("object and colour right", "both_right", share, "{:.1%}"),
     Line("fit of views and caption, cosine", "caption_fit"),
     Line("object right on the mesh", "mesh_object_right", share, "{:.1%}"),
     Line("object among the first five on the mesh", "mesh_object_in_5", share, "{:.1%}"),
+    Line("all objects of a composition among the first five on the mesh", "mesh_kinds_in_5", share, "{:.1%}"),
     Line("object and colour right on the mesh", "mesh_both_right", share, "{:.1%}"),
     Line("fit of mesh and caption, cosine", "mesh_caption_fit"),
     Line("CLIP score", "clip", form="{:.1f}"),
@@ -349,12 +368,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--consistency", type=float, default=CONSISTENCY)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    add_dtype_option(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run(options: argparse.Namespace) -> None:
-    pipeline = CoSERPipeline.from_pretrained(options.checkpoint, dtype=getattr(torch, options.dtype)).to(options.device)
+    pipeline = CoSERPipeline.from_pretrained(options.checkpoint, dtype=dtype_asked_for(options)).to(options.device)
     pipeline.set_progress_bar_config(disable=True)
     questions = load_questions(options.questions, options.list)[:options.limit]
     drawn = draw_rings(pipeline, questions, options.out / "rings", options.seed, num_views=options.num_views,

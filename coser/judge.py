@@ -20,9 +20,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from coser.data.assets import with_article
 from coser.models.autoencoder import ResidualBlock
-from coser.models.text_encoder import SentenceTextEncoder
-from coser.train_denoiser import load_tokenizer
+from coser.models.text_encoder import SentenceTextEncoder, load_tokenizer
 from coser.views import ViewSet
 
 SIZE = 128  # pixels a side of the pictures
@@ -45,11 +45,6 @@ def views_to_pictures(views: ViewSet) -> Tensor:
 def azimuth_to_sector(azimuths: Tensor) -> Tensor:
     """Azimuths (degrees, any turn) => sectors, integers in [0,8)."""
     return (azimuths / (360 / SECTORS)).round().long() % SECTORS
-
-
-def with_article(words: str) -> str:
-    """"oak tree" => "an oak tree"."""
-    return f"{'an' if words[0].lower() in 'aeiou' else 'a'} {words}"
 
 
 @lru_cache(maxsize=1)

@@ -53,12 +53,15 @@ class SmallRing:
 
 
 def small_rings(rings: list[Ring], cache: Path) -> list[SmallRing]:
-    """The rings at the judge's size, kept in `cache` under their own names for the next start."""
+    """The rings at the judge's size, kept in `cache` under their own names for the next start.
+
+    Scenes of several kinds are left out: neither would be their name.
+    """
     index = rings[0].path.parent / "index.jsonl"
     fronts = {row["id"]: row.get("front_known", True) for row in map(json.loads, index.read_text().splitlines())}
     cache.mkdir(parents=True, exist_ok=True)
     out = []
-    for ring in rings:
+    for ring in (r for r in rings if not r.kinds):
         path = cache / ring.path.name
         if not path.is_file():
             views, cameras = load_ring(ring.path)

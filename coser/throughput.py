@@ -1,4 +1,4 @@
-"""How much of a machine a training uses: views and floating point operations a second, against plain bf16 products."""
+"""How much of a machine a training uses: views and floating point operations a second, against plain products."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from coser.stopwatch import attention_flop, synchronize
 
 # Side of the matrices, and products a timing: on a GPU one alone would be timed with its launch.
-BF16_PRODUCTS = {"cuda": (8192, 10), "cpu": (2048, 2)}
+PRODUCTS = {"cuda": (8192, 10), "cpu": (2048, 2)}
 PROBE_SIZE, LONGEST_PRODUCT = 256, 0.5  # seconds
 
 
@@ -38,22 +38,37 @@ def flop_of(work: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def bf16_matmul_rate(device: torch.device) -> float:
-    """TFLOP/s of a large square bf16 matrix product, the best of four timings.
+def bytes_kept(work: Callable[[], object]) -> int:
+    """Bytes that `work` keeps for a backward pass besides parameters: what a training's memory grows with."""
+    kept: dict[int, int] = {}  # storages, which several saved tensors may share
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not (isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter)):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = work()  # held until counted: freed storages would give their addresses away again
+    del result
+    return sum(kept.values())
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
+    """TFLOP/s of a large square matrix product, the best of four timings.
 
     Of a smaller one where that would take long: processors without bfloat16 need a minute for what others do at once.
     """
-    size, repeats = BF16_PRODUCTS.get(device.type, BF16_PRODUCTS["cpu"])
+    size, repeats = PRODUCTS.get(device.type, PRODUCTS["cpu"])
     if device.type != "cuda":
-        probe = _bf16_product_seconds(device, PROBE_SIZE, 1)
+        probe = _product_seconds(device, dtype, PROBE_SIZE, 1)
         while size > PROBE_SIZE and probe * (size / PROBE_SIZE) ** 3 > LONGEST_PRODUCT:
             size //= 2
-    best = min(_bf16_product_seconds(device, size, repeats) for _ in range(4))
+    best = min(_product_seconds(device, dtype, size, repeats) for _ in range(4))
     return 2 * size**3 * repeats / best / 1e12
 
 
-def _bf16_product_seconds(device: torch.device, size: int, repeats: int) -> float:
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+def _product_seconds(device: torch.device, dtype: torch.dtype, size: int, repeats: int) -> float:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     synchronize(device)
     began = time.perf_counter()
     for _ in range(repeats):
@@ -65,14 +80,14 @@ def _bf16_product_seconds(device: torch.device, size: int, repeats: int) -> floa
 class Throughput:
     """What a training does in a second, told at every line of its log: the `meter` of `coser.train_loop.train_loop`.
 
-    matmul: TFLOP/s of a plain bf16 product on the machine, measured here where not given. A step is `with
+    matmul: TFLOP/s of a plain product in the training's dtype on the machine, measured here where not given. A step is `with
     meter.step():`, and inside it `meter.did(views, flop)`; `figures()` => views_per_second, tflops and mfu (share of
     `matmul`) since the last time it was asked. Between steps (evaluating, saving) no time counts.
     """
 
-    def __init__(self, device: torch.device, matmul: float | None = None):
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.bfloat16, matmul: float | None = None):
         self.device = device
-        self.matmul = bf16_matmul_rate(device) if matmul is None else matmul
+        self.matmul = matmul_rate(device, dtype) if matmul is None else matmul
         self.known: dict[Hashable, int] = {}
         self.seconds = self.views = self.flop = 0.0
 

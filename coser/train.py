@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from coser import train_autoencoder, train_denoiser, train_judge, train_recipe
+from coser.devices import add_dtype_option, dtype_asked_for
 from coser.train_loop import Budget, Options
 
 
@@ -38,6 +39,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Options]:
     train_recipe.add_options(verb)
     verb.set_defaults(processor_time=False, run_verb=lambda options, loop: train_recipe.run(options, loop, parse))
     options = parser.parse_args(arguments)
+    options.dtype = str(dtype_asked_for(options)).removeprefix("torch.")
     if options.steps is None and options.minutes is None:
         parser.error("give --steps or --minutes: a run without an end has no learning-rate schedule")
     return options, Options(
@@ -60,7 +62,7 @@ def add_common_options(parser: argparse.ArgumentParser, presets: list[str]) -> N
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="train on the first so many rings only")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="dtype of the computation")
+    add_dtype_option(parser)
     parser.add_argument("--data-on-device", action=argparse.BooleanOptionalAction, default=False,
                         help="keep the whole data set on the device")
     parser.add_argument("--muon", action="store_true", help="Muon for matrices instead of AdamW for all weights")

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import json
 import math
-import time
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
+from coser.auxiliary_losses import Overheard, depths_of, dispersive_loss
 from coser.cameras import Cameras
-from coser.data.dataset import LatentRings, Prefetched, Ring, RingBatch, list_rings, mirror_views, step_generator
-from coser.data.render import ring_to_views
+from coser.caption_states import CaptionStates, captions_of, encode_captions
+from coser.data.dataset import LatentRings, Prefetched, Ring, RingBatch, list_rings, step_generator
+from coser.flow import LEVELS, TRAINING_SHIFT, WEIGHTINGS, flow_loss, level_weights, noise_levels, small_scheduler
+from coser.latents import encode_rings, encoded_rings, latent_size
 from coser.models.autoencoder import ViewAutoencoder
 from coser.models.block import NEEDS_WEIGHTS, MultiviewTransformerBlock
 from coser.models.resnet import ResnetBlock
-from coser.models.text_encoder import SentenceTextEncoder, sentence_encoder_folder
+from coser.models.text_encoder import SentenceTextEncoder, load_tokenizer
 from coser.models.unet import MultiviewUNet
 from coser.optimizer import MasterOptimizer
 from coser.pipeline import CoSERPipeline, PromptEmbeds
@@ -58,12 +55,8 @@ PRESETS = {
                             scan_head_size=16, scan_state_size=8),
                  views_per_batch=4, view_counts=(2, 4), lr=1e-3),
 }
-SHIFT = 3.0  # of the noise level when sampling: N views are redundant, so the signal survives more noise
-TRAINING_SHIFT = 5.0  # a little more than when sampling: what is decided early is decided for all views
-LEVELS, WEIGHTINGS = ("uniform", "logit-normal"), ("flow", "clean", "min-snr")
-MAX_SNR = 5.0  # of min-SNR: levels with less noise count no more than this one
 DROP_TEXT = 0.1
-DROP_MIXER = 0.1  # of the steps, for each mixer: switching one off when sampling stays meaningful
+DROP_MIXER = 0.1
 HELD_OUT_RINGS = 48  # enough for held-out losses that move by the weights and not by chance
 GRAPHS = 256  # of a compiled part: one for each of its shapes, which come of view counts and places in the UNet
 SAMPLE_PROMPTS = ("a red barrel", "a green pine tree", "a yellow taxi", "a wooden chair", "a brown treasure chest",
@@ -89,197 +82,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         "each evaluation")
     parser.add_argument("--levels", choices=LEVELS, default="uniform", help="noise levels, before they are shifted")
     parser.add_argument("--training-shift", type=float, default=TRAINING_SHIFT, help="of noise levels, towards noise")
+    parser.add_argument("--drop-mixers", type=float, default=DROP_MIXER, metavar="SHARE", help="of the steps in which "
+                        "each mixer is left out, so that switching one off when sampling stays meaningful")
+    parser.add_argument("--correspondence", type=float, default=0.0, metavar="WEIGHT", help="of the loss that tells the "
+                        "trajectory attention, from rendered depths, which tokens show the same place")
+    parser.add_argument("--dispersion", type=float, default=0.0, metavar="WEIGHT", help="of the loss that keeps the "
+                        "middle block's features of different objects apart")
     parser.add_argument("--weighting", choices=WEIGHTINGS, default="flow", help="what a noise level counts: the same "
                         "for errors of the flow, or for those of the clean latents, or min-SNR-5")
-
-
-def noise_levels(count: int, generator: torch.Generator, shift: float = TRAINING_SHIFT,
-                 levels: str = "uniform") -> Tensor:
-    """Noise levels in [0,1), uniform or logit-normal and then shifted towards noise: [count].
-
-    The logit-normal levels of Esser et al. 2024 (section 3.1) leave out the ends: shifted by 3 they put 0.9 % of the
-    training beyond .97 and 9 % beyond .92, where a sampler takes its first two and five of 20 steps and text and
-    azimuth alone must decide the shape. Trained so, the model read shapes off the noise, in each view another.
-    """
-    drawn = (torch.rand(count, generator=generator) if levels == "uniform"
-             else torch.randn(count, generator=generator).sigmoid())
-    return shift * drawn / (1 + (shift - 1) * drawn)
-
-
-def level_weights(levels: Tensor, weighting: str) -> Tensor:
-    """What the flow's squared error at each noise level counts, [B] => [B].
-
-    "flow": 1. "clean": the square of the level, which makes it the squared error of the clean latents. "min-snr": that
-    times the signal-to-noise ratio, of which no more than 5 counts (Hang et al. 2023, section 3.4).
-    """
-    if weighting == "flow":
-        return torch.ones_like(levels)
-    snr = ((1 - levels) / levels.clamp_min(1e-3)).square()
-    return levels.square() * (snr.clamp_max(MAX_SNR) if weighting == "min-snr" else 1.0)
-
-
-def small_scheduler(shift: float = SHIFT) -> DPMSolverMultistepScheduler:
-    """The sampler of flow-trained models: DPM-Solver++ (2M) on shifted flow sigmas."""
-    return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift,
-                                       num_train_timesteps=1000)
-
-
-def load_tokenizer() -> PreTrainedTokenizerFast:
-    """MiniLM's tokenizer, from the installed package; checkpoints carry a copy."""
-    return PreTrainedTokenizerFast(tokenizer_file=str(sentence_encoder_folder() / "tokenizer.json"), unk_token="[UNK]",
-                                   pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
-
-
-@dataclass(frozen=True)
-class CaptionStates:
-    """Text states of all captions of a run, so that the encoder runs once: caption -> [L,384] float16."""
-
-    states: dict[str, Tensor]
-
-    def batch(self, captions: list[str], device, dtype: torch.dtype) -> PromptEmbeds:
-        """Captions => padded states, mask and means."""
-        states = [self.states[c] for c in captions]
-        length = max(len(s) for s in states)
-        padded = torch.zeros(len(states), length, states[0].shape[1])
-        mask = torch.zeros(len(states), length, dtype=torch.bool)
-        for i, s in enumerate(states):
-            padded[i, :len(s)], mask[i, :len(s)] = s, True
-        return _embeds(padded, mask, device, dtype)
-
-    def on(self, device) -> "CaptionTable":
-        """The same as one table on `device`."""
-        rows = {caption: i for i, caption in enumerate(self.states)}
-        lengths = torch.tensor([len(s) for s in self.states.values()])
-        padded = torch.nn.utils.rnn.pad_sequence(list(self.states.values()), batch_first=True)
-        return CaptionTable(rows, padded.to(device), lengths)
-
-
-@dataclass(frozen=True)
-class CaptionTable:
-    """The text states of a run on its device: row of each caption, states [R,L,384] float16, tokens of each row [R]."""
-
-    rows: dict[str, int]
-    padded: Tensor
-    lengths: Tensor
-
-    def batch(self, captions: list[str], device, dtype: torch.dtype) -> PromptEmbeds:
-        """As CaptionStates.batch, without states that travel."""
-        rows = torch.tensor([self.rows[c] for c in captions])
-        lengths = self.lengths[rows]
-        length = int(lengths.max())
-        mask = (torch.arange(length) < lengths[:, None]).to(self.padded.device)
-        return _embeds(self.padded[rows.to(self.padded.device), :length].float(), mask, device, dtype)
-
-
-def _embeds(padded: Tensor, mask: Tensor, device, dtype: torch.dtype) -> PromptEmbeds:
-    """States [B,L,D], zero where mask [B,L] is, => with their means."""
-    pooled = padded.sum(1) / mask.sum(1, keepdim=True)
-    return PromptEmbeds(padded.to(device, dtype), mask.to(device), pooled.to(device, dtype))
-
-
-def captions_of(rings: list[Ring]) -> list[str]:
-    """All that a training may say of these rings."""
-    return [c for r in rings for c in r.captions + r.short_captions]
-
-
-@torch.no_grad()
-def encode_captions(pipeline: CoSERPipeline, captions: list[str], cache: Path | None = None) -> CaptionStates:
-    """The text states of different captions; kept in the folder `cache`, where given, for the next start."""
-    unique = set(captions) | {""}
-    name = f"captions-{pipeline.text_encoder.config.sha256[:16]}-{str(pipeline.unet.dtype).removeprefix('torch.')}"
-    states = {} if cache is None else _load_captions(cache / f"{name}.safetensors")
-    missing = sorted(unique - states.keys())
-    for i in range(0, len(missing), 64):
-        embeds = pipeline.encode_prompt(missing[i:i + 64])
-        for caption, state, mask in zip(missing[i:i + 64], embeds.states, embeds.mask):
-            states[caption] = state[mask].half().cpu()
-    if missing and cache is not None:
-        cache.mkdir(parents=True, exist_ok=True)
-        tensors = {"states": torch.cat(list(states.values())), "lengths": torch.tensor([*map(len, states.values())])}
-        save_file(tensors, cache / "writing-captions", {"captions": json.dumps(list(states))})
-        (cache / "writing-captions").rename(cache / f"{name}.safetensors")
-    return CaptionStates({caption: states[caption] for caption in sorted(unique)})
-
-
-def _load_captions(path: Path) -> dict[str, Tensor]:
-    """Caption => states, of a file that encode_captions wrote; nothing where there is none."""
-    if not path.is_file():
-        return {}
-    with safe_open(path, "pt") as file:
-        captions = json.loads(file.metadata()["captions"])
-        return dict(zip(captions, file.get_tensor("states").split(file.get_tensor("lengths").tolist())))
-
-
-def weights_hash(vae_folder: Path) -> str:
-    """What files of an autoencoder's latents are named after."""
-    return hashlib.sha256((vae_folder / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[:16]
-
-
-@torch.no_grad()
-def encode_rings(vae: ViewAutoencoder, vae_folder: Path, rings: list[Ring],
-                 cache: Path) -> tuple[list[Tensor], list[float]]:
-    """Normalised latents [V,C,h,w] float16 and elevation (degrees) of every ring; kept in `cache` for the next start.
-
-    The cache is added to when rings are new and made anew when the autoencoder is another one.
-    """
-    tensors = encoded_rings(vae, vae_folder, rings, cache)
-    return [tensors[r.key] for r in rings], [float(tensors[f"{r.key}/elevation"]) for r in rings]
-
-
-@torch.no_grad()
-def encoded_rings(vae: ViewAutoencoder, vae_folder: Path, rings: list[Ring], cache: Path,
-                  until: float = math.inf) -> dict[str, Tensor]:
-    """What `cache` holds for an autoencoder once `rings` are encoded, too: key => latents, key/elevation => [1].
-
-    until: a reading of time.perf_counter() at which encoding stops, finished or not; rings go in an order that has
-    nothing to do with their names, so that those encoded by then are a fair sample.
-    """
-    weights = weights_hash(vae_folder)
-    cache.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(cache.glob(f"{weights}-*.safetensors")):
-        tensors |= load_file(file)
-    fresh: dict[str, Tensor] = {}
-    missing = sorted((ring for ring in rings if ring.key not in tensors), key=lambda r: zlib.crc32(r.key.encode()))
-    upcoming = Prefetched(lambda i: load_file(missing[i].path) if i < len(missing) else {})  # files are 9 MiB each
-    for i, ring in enumerate(missing, 1):
-        late = time.perf_counter() >= until
-        if late and not fresh:
-            break
-        stored = upcoming(i - 1)
-        views = ring_to_views({k: stored[k].to(vae.device) for k in ("rgba", "depths")})
-        views = mirror_views(views) if ring.mirrored else views
-        fresh[ring.key] = vae.views_to_latents(views).half().cpu().contiguous()
-        fresh[f"{ring.key}/elevation"] = stored["elevations"].mean().reshape(1)
-        if len(fresh) >= 400 or i == len(missing) or late:
-            save_file(fresh, cache / "writing")  # under its name only when whole: a killed run leaves no half file
-            (cache / "writing").rename(cache / f"{weights}-{len(tensors):06d}.safetensors")
-            tensors |= fresh
-            fresh = {}
-            print(f"latents: {i}/{len(missing)} rings", flush=True)
-    return tensors
-
-
-def flow_loss(unet: MultiviewUNet, batch: RingBatch, embeds: PromptEmbeds, generator: torch.Generator,
-              mixers: tuple[str, ...] | None = None, levels: Tensor | None = None,
-              weighting: str = "flow") -> Tensor:
-    """Mean squared error of the predicted flow (noise - clean) at noise levels [B], drawn where not given; a scalar.
-
-    weighting: see `level_weights`. On a GPU the noise is drawn there, from the generator's seed: a processor takes as
-    long for it as the GPU for all.
-    """
-    levels = noise_levels(len(batch.latents), generator) if levels is None else levels
-    if unet.device.type == "cuda":
-        generator = torch.Generator(unet.device).manual_seed(generator.initial_seed())
-    noise = torch.randn(batch.latents.shape, generator=generator, device=generator.device)
-    clean, noise = batch.latents.to(unet.device), noise.to(unet.device)
-    sigma = levels.to(unet.device)[:, None, None, None, None]
-    noisy = (1 - sigma) * clean + sigma * noise
-    predicted = unet(noisy.to(unet.dtype), levels.to(unet.device) * 1000, embeds.states, batch.cameras,
-                     pooled=embeds.pooled if unet.config.pooled_dim else None,
-                     attention_mask=embeds.mask, mixers=mixers)
-    errors = (predicted.float() - (noise - clean)).square().mean((1, 2, 3, 4))
-    return (level_weights(levels, weighting).to(errors) * errors).mean()
 
 
 def drop_mixers(mixers: tuple[str, ...], generator: torch.Generator, share: float = DROP_MIXER) -> tuple[str, ...]:
@@ -303,12 +113,6 @@ def compile_parts(unet: MultiviewUNet, backend: str = "inductor") -> None:
             for mixer in ("glance", "rectification"):
                 if hasattr(part, mixer):
                     getattr(part, mixer).compile(dynamic=False, backend=backend)
-
-
-def latent_size(ring: Ring) -> int:
-    """Side of the latents of a ring's views."""
-    with safe_open(ring.path, "pt") as file:
-        return file.get_slice("rgba").get_shape()[-1] // 16
 
 
 def small_pipeline(options: argparse.Namespace, vae: ViewAutoencoder | None, size: int = 16) -> CoSERPipeline:
@@ -387,15 +191,17 @@ def run(options: argparse.Namespace, loop: Options) -> None:
         latents, texts = torch.stack(latents).to(options.device), texts.on(options.device)
     batches = LatentRings(rings, latents, data.elevations, options.seed,
                           tuple(options.view_counts or preset["view_counts"]),
-                          options.views_per_batch or preset["views_per_batch"], DROP_TEXT)
+                          options.views_per_batch or preset["views_per_batch"], DROP_TEXT,
+                          depths_of(rings) if options.correspondence else None)
+    overheard = Overheard(unet) if options.correspondence or options.dispersion else None
     optimizer = MasterOptimizer(unet, lr=options.lr or preset["lr"], ema_decay=options.ema, use_muon=options.muon)
     if options.compile:
         compile_parts(unet)
     print(f"denoiser: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters, {options.dtype} on "
           f"{options.device}, {len(rings)} rings of {batches.ring_length} views, "
           f"{len(data.texts.states)} captions", flush=True)
-    meter = Throughput(unet.device)
-    print(f"plain bf16 matmul: {meter.matmul:.3f} TFLOP/s", flush=True)
+    meter = Throughput(unet.device, unet.dtype)
+    print(f"plain {options.dtype} matmul: {meter.matmul:.3f} TFLOP/s", flush=True)
 
     def batch_of_step(step: int) -> tuple[RingBatch, PromptEmbeds]:
         batch = batches(step)
@@ -408,12 +214,24 @@ def run(options: argparse.Namespace, loop: Options) -> None:
     def loss_of_step(step: int) -> tuple[Tensor, dict]:
         batch, embeds = upcoming(step)
         generator = step_generator(options.seed + 1, step)
-        mixers = drop_mixers(tuple(unet.config.mixers), generator)
+        mixers = drop_mixers(tuple(unet.config.mixers), generator, options.drop_mixers)
         samples, num_views = batch.latents.shape[:2]
         meter.did(samples * num_views, samples * sample_flop(meter, unet, batch, embeds, mixers))
         levels = noise_levels(samples, generator, options.training_shift, options.levels)
-        return (flow_loss(unet, batch, embeds, generator, mixers, levels, options.weighting) / usual_weight,
-                {"num_views": num_views})
+        figures = {"num_views": num_views}
+        if overheard is None:
+            return flow_loss(unet, batch, embeds, generator, mixers, levels, options.weighting) / usual_weight, figures
+        overheard.forget()  # also what was heard while operations were counted
+        loss = flow_loss(unet, batch, embeds, generator, mixers, levels, options.weighting) / usual_weight
+        figures["flow"] = float(loss.detach())
+        if options.correspondence:
+            extra = overheard.correspondence(batch.depths.to(unet.device))
+            loss, figures["correspondence"] = loss + options.correspondence * extra, float(extra.detach())
+        if options.dispersion:
+            extra = dispersive_loss(overheard.middle, num_views)
+            loss, figures["dispersion"] = loss + options.dispersion * extra, float(extra.detach())
+        overheard.forget()
+        return loss, figures
 
     @torch.no_grad()
     def evaluate(step: int, log: Log) -> None:

@@ -22,8 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from coser.data.assets import with_article
 from coser.data.dataset import CHANNEL_ORDERS, Prefetched, Ring, list_rings, step_generator
-from coser.judge import SECTORS, ViewJudge, azimuth_to_sector, sentence_states, with_article
+from coser.judge import SECTORS, ViewJudge, azimuth_to_sector, sentence_states
 from coser.judge_figures import (SmallRing, fit_janus_rule, fronted, fronted_kinds, is_repainted, janus_figures,
                                  judge_rings, shape_of, side_figures, small_rings, word_figures)
 from coser.optimizer import MasterOptimizer

@@ -23,28 +23,29 @@ import os
 import shlex
 import shutil
 import statistics
-import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from coser import train_autoencoder, train_denoiser
+from coser.background import Background
+from coser.caption_states import captions_of, encode_captions
 from coser.consistency import CONSISTENCY, fused_views
-from coser.data.assets import Asset, list_assets
+from coser.data.assets import split_assets
 from coser.data.dataset import Ring, held_out_views, list_rings
-from coser.data.render import render_assets
+from coser.data.render import is_rendered, render_assets
+from coser.devices import add_dtype_option
 from coser.evaluate_prompts import evaluate_prompts
+from coser.latents import same_weights, weights_hash
 from coser.pipeline import CoSERPipeline
+from coser.recipe_record import Record, training_figures
 from coser.shards import TRAINING_STATE, read_shards, write_shards
 from coser.train_autoencoder import autoencoder_figures, reconstruct_views
 from coser.train_loop import Budget, Options, checkpoints
 
 VERB = "all"
-STAGES = ("render", "autoencoder", "latents", "denoiser", "evaluation", "shards")
 # At most these shares of the budget; the denoiser gets what is left.
 RENDER_SHARE, AUTOENCODER_SHARE, LATENTS_SHARE = 0.3, 0.25, 0.25
 EVALUATION_SHARE = 0.08  # kept for evaluation and shards until a session has measured how long they take
@@ -54,7 +55,6 @@ CHECKPOINTS = 8  # a budget, each with an evaluation
 NEVER = 1_000_000_000  # steps: checkpoints go by the clock
 FIRST_RINGS = 100  # enough for the autoencoder's first steps
 RELIST_EVERY = 50  # steps; the rings rendered meanwhile join
-HELD_OUT_SHARE = 0.05  # of assets that come without a split
 HELD_OUT_VIEWS = 12
 WAIT = 0.1  # seconds between two looks at what is being rendered
 # Not tried on any GPU yet: batches large enough that launching kernels is not what takes the time.
@@ -84,7 +84,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overlap", action=argparse.BooleanOptionalAction,
                         help="train the autoencoder while the rest renders (default: on CUDA)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="dtype of the computation")
+    add_dtype_option(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="end each training after so many steps, all sessions together")
     parser.add_argument("--log-every", type=int, default=20)
@@ -112,85 +112,6 @@ def run(options: argparse.Namespace, loop: Options, parse: Parse) -> None:
         recipe.write_shards()
 
 
-class Record:
-    """recipe.json: what each stage left; written anew whenever a stage ends, also by a thread that renders."""
-
-    def __init__(self, path: Path):
-        self.path, self.lock = path, threading.RLock()
-        self.stages: dict[str, dict] = {}
-        self.sessions: list[dict] = []
-        if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            self.stages, self.sessions = found["stages"], found["sessions"]
-
-    def finished(self, stage: str) -> bool:
-        return self.stages.get(stage, {}).get("finished", False)
-
-    def figures(self, stage: str) -> dict:
-        return self.stages.get(stage, {}).get("figures", {})
-
-    def add(self, stage: str, seconds: float, finished: bool, figures: dict) -> None:
-        """seconds: of this session; `seconds` of the record are those of all sessions in which the stage ended."""
-        with self.lock:
-            before = self.stages.get(stage, {}).get("seconds", 0.0)
-            entry = {"finished": finished, "seconds": round(before + seconds, 2), "last_seconds": round(seconds, 2),
-                     "figures": figures}
-            self.stages = {s: entry if s == stage else self.stages[s] for s in STAGES if s == stage or s in self.stages}
-            self.write()
-
-    def write(self) -> None:
-        with self.lock:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"stages": self.stages, "sessions": self.sessions}, indent=1) + "\n",
-                                 encoding="utf-8")
-            temporary.replace(self.path)
-
-
-class Background(threading.Thread):
-    """Work beside the main thread that does not outlive it; its error is raised where it is waited for."""
-
-    def __init__(self, work: Callable[[], None]):
-        super().__init__(daemon=True)
-        self.work, self.error = work, None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.work()
-        except Exception as error:  # handed to whoever waits
-            self.error = error
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Whether it has ended, after `timeout` seconds at most. Raises what it raised."""
-        self.join(timeout)
-        if self.error is not None:
-            raise self.error
-        return not self.is_alive()
-
-
-def split_assets(folder: Path, min_quality: int = 0) -> tuple[list[Asset], list[Asset]]:
-    """Assets to train on, and held out.
-
-    A packed folder's own splits `train` and `val`; where it has none, those whose id's crc32 says so are held out, at
-    least one. Raises ValueError for fewer than two assets.
-    """
-    assets = list_assets(folder, min_quality=min_quality)
-    train = [a for a in assets if a.split == "train"]
-    if any(a.split == "val" for a in assets):
-        held_out = [a for a in assets if a.split == "val"]
-    else:
-        ranked = sorted(train, key=lambda a: zlib.crc32(a.id.encode()))
-        below = HELD_OUT_SHARE * 2**32
-        held_out = [a for a in ranked if zlib.crc32(a.id.encode()) < below] or ranked[:1]
-        chosen = {a.id for a in held_out}
-        train = [a for a in train if a.id not in chosen]
-    if not train or not held_out:
-        raise ValueError("assets must be at least two, one to train on and one held out, got "
-                         f"{len(assets)} in {folder}")
-    return train, held_out
-
-
 def evaluate_pipeline(folder: Path, held_out: Path, count: int, device: str, dtype: torch.dtype,
                       until: float) -> dict:
     """Figures of a pipeline folder: of its autoencoder on held-out renders, and medians over `count` of our prompts.
@@ -216,34 +137,6 @@ def evaluate_pipeline(folder: Path, held_out: Path, count: int, device: str, dty
     for name in ("seconds", "cross", "own_psnr", "own_iou", "sharpness"):
         if scores:
             figures[name] = statistics.median(float(getattr(s, name)) for s in scores)
-    return figures
-
-
-def is_rendered(assets: list[Asset], rings: int, folder: Path) -> bool:
-    return all((folder / f"{a.id}-{ring}.safetensors").is_file() for a in assets for ring in range(rings))
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    """Whether two autoencoder folders hold the same weights, in half precision."""
-    a, b = (load_file(f / "diffusion_pytorch_model.safetensors") for f in (one, other))
-    return a.keys() == b.keys() and all(torch.equal(a[k].half(), b[k].half()) for k in a)
-
-
-def last_session(log: Path) -> list[dict]:
-    """The lines of a training's log since it last resumed."""
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
-    resumed = [i for i, line in enumerate(lines) if "resumed" in line]
-    return lines[resumed[-1]:] if resumed else lines
-
-
-def training_figures(run: Path) -> dict:
-    """What a training's last session logged: its last held-out figures, and medians of what it did in a second."""
-    lines = last_session(run / "log.jsonl")
-    figures = {k: v for k, v in next((e for e in reversed(lines) if "held_out" in e), {}).items() if k != "held_out"}
-    for name in ("views_per_second", "tflops", "mfu"):
-        values = [e[name] for e in lines if name in e]
-        if values:
-            figures[name] = statistics.median(values)
     return figures
 
 
@@ -398,8 +291,8 @@ class Recipe:
         """The captions' text states, while the GPU would wait for the first rings."""
         options, _ = self.parse(self._arguments("denoiser"))
         rings = [Ring(a.path, a.id, a.object, a.captions, a.colors) for a in self.train_assets + self.held_out_assets]
-        train_denoiser.encode_captions(train_denoiser.small_pipeline(options, None), train_denoiser.captions_of(rings),
-                                       train_denoiser.cache_folder(options))
+        encode_captions(train_denoiser.small_pipeline(options, None), captions_of(rings),
+                        train_denoiser.cache_folder(options))
 
     def encode(self) -> None:
         """Latents of all rings and text states of all captions, into files: the denoiser then waits for none."""
@@ -408,7 +301,7 @@ class Recipe:
         rings = self._count_rings() * (2 if options.mirror else 1)
         known = self.train_renders / "latents"
         if (self.record.finished("latents") and self.record.figures("latents").get("rings") == rings
-                and any(known.glob(f"{train_denoiser.weights_hash(self.vae)}-*.safetensors"))):
+                and any(known.glob(f"{weights_hash(self.vae)}-*.safetensors"))):
             print("== latents: all are there", flush=True)
             return
         with self.stage("latents") as figures:

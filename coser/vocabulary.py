@@ -132,9 +132,10 @@ def learn_vocabulary(assets: Iterable[Asset], embed: Embed, min_kind_count: int 
     """The object words of training assets: kinds (last words) of at least `min_kind_count` of them, and their phrases.
 
     Phrases that mean nearly what another word does are left out, the rarer first. Repainted copies
-    (`coser.data.recolor`) give colours alone. Raises ValueError when there is no such kind.
+    (`coser.data.recolor`) give colours alone, scenes of several assets (`coser.data.compose`) nothing: their words are
+    their assets'. Raises ValueError when there is no such kind.
     """
-    assets = [a for a in assets if a.object.strip()]
+    assets = [a for a in assets if a.object.strip() and not a.kinds]
     counts = Counter(last_word(a) for a in assets if not _is_copy(a))
     assets = [a for a in assets if counts[last_word(a)] >= min_kind_count]
     if not assets:
@@ -172,7 +173,8 @@ def read_index(folder: str | Path) -> list[Asset]:
     if not index.is_file():
         raise ValueError(f"{folder} must hold an index.jsonl, as folders of packed assets and of renders do")
     rows = [json.loads(line) for line in index.read_text("utf-8").splitlines() if line.strip()]
-    return [Asset(row["id"], index, object=row.get("object", ""), colors=tuple(row.get("colors", ())))
+    return [Asset(row["id"], index, object=row.get("object", ""), colors=tuple(row.get("colors", ())),
+                  kinds=tuple(row.get("kinds", ())))
             for row in rows if row.get("split", "train") == "train"]
 
 

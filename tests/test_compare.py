@@ -2,13 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from PIL import Image
 from tiny import lighten
 
 from coser.compare import LEVELS, Variant, estimate_figures, load_variants, main, table
-from coser.train_denoiser import level_weights, noise_levels
+from coser.evaluate_prompts import LABEL_HEIGHT, SHEET_TILE
+from coser.flow import level_weights, noise_levels
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,6 +67,16 @@ def test_runs_of_a_given_length_and_inflated_ones(compared, renders, pipeline_fo
     assert losses[0] == pytest.approx(losses[1], rel=0.05)  # neighbours are looked at by weights that are not new
 
 
+def test_the_sheet_shows_the_truth_and_every_finished_variant(compared):
+    out, line = compared
+    main([*line, "--sheet", str(out / "sheet.png")])
+    with Image.open(out / "sheet.png") as picture:
+        tiles = np.asarray(picture)
+    row = SHEET_TILE + LABEL_HEIGHT
+    assert tiles.shape[0] == 2 * row  # truth and one variant beside it, the other below
+    assert (tiles[row + LABEL_HEIGHT:, :SHEET_TILE] != tiles[LABEL_HEIGHT:row, :SHEET_TILE]).any()
+
+
 def test_a_run_that_another_process_trains_is_left_to_it(compared):
     out, line = compared
     row, kept = out / "plain-0" / "row.json", (out / "plain-0" / "row.json").read_text()
@@ -75,11 +88,19 @@ def test_a_run_that_another_process_trains_is_left_to_it(compared):
 
 
 def test_the_table_has_means_and_half_the_range_between_seeds():
-    rows = [{"variant": "a", "seed": s, "steps": 10 + s, "seconds": 60 + 60 * s, "parameters": 2_000_000, "loss": v,
+    rows = [{"variant": "a", "seed": s, "steps": 10 + s, "seconds": 60 + 60 * s, "mebibytes": 7.4, "parameters": 2_000_000, "loss": v,
              "psnr_0.85": 20.0} for s, v in ((0, 0.5), (1, 0.6))]
     lines = table(rows, [Variant("a", ()), Variant("b", ())]).splitlines()
-    assert lines[0] == "| variant | seeds | M parameters | steps | minutes | loss | PSNR at 0.85 |"
-    assert lines[2:] == ["| a | 2 | 2.0 | 10 | 1.5 | 0.5500 ± 0.0500 | 20.00 ± 0.00 |"]
+    assert lines[0] == "| variant | seeds | M parameters | steps | minutes | MiB kept a ring | against plain | loss | " \
+                       "PSNR at 0.85 |"
+    assert lines[2:] == ["| a | 2 | 2.0 | 10 | 1.5 | 7 | +0.0000 ± 0.0000 | 0.5500 ± 0.0500 | 20.00 ± 0.00 |"]
+
+
+def test_differences_are_between_equal_seeds():
+    rows = [{"variant": v, "seed": s, "steps": 1, "seconds": 60, "mebibytes": 1, "parameters": 1e6, "loss": loss}
+            for v, s, loss in (("a", 0, 0.5), ("b", 0, 0.48), ("a", 1, 0.6), ("b", 1, 0.57))]
+    assert table(rows, [Variant("a", ()), Variant("b", ())]).splitlines()[3] == \
+        "| b | 2 | 1.0 | 1 | 1.0 | 1 | -0.0250 ± 0.0050 | 0.5250 ± 0.0450 |"
 
 
 def test_estimates_of_a_denoiser_that_knows_the_views_are_what_the_autoencoder_gives(renders, pipeline, monkeypatch):

@@ -1,5 +1,6 @@
 """The table of quality: prompts drawn from a vocabulary, rings scored beside their ceiling and floor, and going on."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def test_the_shipped_questions_are_whole():
     for question in vocabulary + held_out:
         assert question.prompt.split() == [question.prompt.split()[0], question.color, question.object]
     assert not {(q.object, q.color) for q in vocabulary} & {(q.object, q.color) for q in held_out}
-    with pytest.raises(ValueError, match="vocabulary, held_out_pairs, got 'nonsense'"):
+    with pytest.raises(ValueError, match="vocabulary, held_out_pairs, compositions, got 'nonsense'"):
         load_questions(QUESTIONS, "nonsense")
 
 
@@ -118,6 +119,34 @@ def test_verdicts_are_the_judges(box):
     assert every_side_alike["janus"] == 1
     unknown = judge_figures(always("ball", "red"), reference, ring("x", "violin", "gold"), views, cameras)
     assert not {"object_right", "color_right", "both_right", "janus"} & set(unknown)
+
+
+def test_a_composition_is_right_when_all_its_kinds_are_among_the_first_guesses(box):
+    views, cameras = box
+    reference = torch.eye(4)[:1]
+    scene = Ring(Path("s-0.safetensors"), "s", "box on ball", ("a box on a ball",), (), kinds=("box", "ball"))
+    figures = judge_figures(always("ball", "red"), reference, scene, views, cameras)
+    assert figures["kinds_in_2"] == figures["kinds_in_5"] == 1, "there are but two kinds"
+    assert not {"object_right", "object_in_5", "color_right", "janus"} & set(figures), "these are of single objects"
+    six = ViewJudge(kinds=("a", "b", "c", "d", "e", "box"), colors=("red",), channels=(16, 16, 16), blocks=(1, 1, 1),
+                    embedding_dim=6).eval()
+    with torch.no_grad():
+        six.kind_states.copy_(torch.eye(six.config.text_dim)[:6])
+        six.text_projection.weight.copy_(torch.eye(six.config.text_dim)[:6])
+        six.text_projection.bias.zero_()
+        six.to_embedding.weight.zero_()
+        six.to_embedding.bias.copy_(torch.arange(6.0, 0, -1))  # its guesses are a, b, c, d, e, box
+    for kinds, expected in ((("a", "b"), (1, 1)), (("c", "a"), (0, 1)), (("a", "box"), (0, 0))):
+        found = judge_figures(six, torch.eye(6)[:1], dataclasses.replace(scene, kinds=kinds), views, cameras)
+        assert (found["kinds_in_2"], found["kinds_in_5"]) == expected
+    unknown = judge_figures(six, torch.eye(6)[:1], dataclasses.replace(scene, kinds=("a", "violin")), views, cameras)
+    assert not {"kinds_in_2", "kinds_in_5"} & set(unknown), "a kind that it was not taught"
+
+
+def test_compositions_are_drawn_with_their_kinds_and_without_a_colour(tmp_path):
+    asked = [Question("a box on a ball", "box on ball", kinds=("box", "ball"))]
+    drawn, = draw_rings(tiny_pipeline(), asked, tmp_path / "rings", num_views=4, num_inference_steps=1)
+    assert drawn.kinds == ("box", "ball") and drawn.colors == () and drawn.captions == ("a box on a ball",)
 
 
 def test_what_may_have_been_memorised_is_embedded_once(folder, tmp_path, monkeypatch):

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from solids import cube, table
 
 from coser.cameras import Cameras
+from coser.data.assets import with_article
 from coser.data.dataset import Ring, list_rings
 from coser.judge import (Judgement, ViewJudge, azimuth_to_sector, is_janus, load_judge, nearest_distances,
-                         ring_embedding, views_to_pictures, with_article)
+                         ring_embedding, views_to_pictures)
 from coser.judge_figures import (JudgedRing, SmallRing, fit_janus_rule, fronted_kinds, is_front_told, janus_figures,
                                  judge_rings, small_rings)
 from coser.rasterizer import render

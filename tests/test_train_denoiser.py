@@ -5,11 +5,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from coser.cameras import Cameras
+from coser.caption_states import encode_captions
 from coser.data.dataset import RingBatch, list_rings, mirror_views
 from coser.data.render import load_ring
+from coser.flow import SHIFT, TRAINING_SHIFT, flow_loss, noise_levels, small_scheduler
+from coser.latents import encode_rings
 from coser.models.block import MIXERS
-from coser.train_denoiser import (SHIFT, TRAINING_SHIFT, drop_mixers, encode_captions, encode_rings, flow_loss,
-                                  noise_levels, small_scheduler)
+from coser.train_denoiser import drop_mixers
 
 
 def test_noise_levels_lie_between_nothing_and_all_shifted_towards_noise():

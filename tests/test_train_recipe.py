@@ -12,18 +12,24 @@ import trimesh
 from solids import cube, sphere, table
 from torch import nn
 
-from coser import agreement, evaluate_prompts, train_denoiser, train_loop, train_recipe
+from coser import agreement, evaluate_prompts, latents, train_denoiser, train_loop, train_recipe
+from coser.background import Background
 from coser.cameras import Cameras
+from coser.caption_states import encode_captions
+from coser.data.assets import split_assets
 from coser.data.dataset import RingBatch, ViewBatches, list_rings
+from coser.flow import flow_loss
+from coser.latents import same_weights
 from coser.models.unet import MultiviewUNet
 from coser.optimizer import MasterOptimizer
 from coser.pipeline import CoSERPipeline
+from coser.recipe_record import STAGES, Record
 from coser.shards import read_shards
-from coser.throughput import Throughput, bf16_matmul_rate, flop_of
+from coser.throughput import Throughput, bytes_kept, flop_of, matmul_rate
 from coser.train import main
 from coser.train_denoiser import sample_flop
 from coser.train_loop import Budget, Options, checkpoints
-from coser.train_recipe import PROMPTS, STAGES, Background, Record, same_weights, split_assets
+from coser.train_recipe import PROMPTS
 from tests.tiny import Killed, lighten
 
 SOLIDS = {"red-cube": cube(0.5), "big-cube": cube(0.6), "ball": sphere(0.7, rows=6), "table": table()}
@@ -336,7 +342,14 @@ def test_operations_of_products_are_counted_also_inside_compiled_parts_and_gradi
     layer.compile()
     assert flop_of(lambda: layer(x)) == 2 * 16 * 64 * 32
     assert flop_of(lambda: layer(x).sum().backward()) == 3 * 2 * 16 * 64 * 32
-    assert bf16_matmul_rate(torch.device("cpu")) > 0
+    assert matmul_rate(torch.device("cpu")) > 0
+
+
+def test_what_a_backward_pass_needs_is_counted_once():
+    layer, x = nn.Linear(32, 64), torch.randn(16, 32)
+    assert bytes_kept(lambda: layer(x)) == 4 * 16 * 32
+    assert bytes_kept(lambda: layer(x).relu()) == 4 * (16 * 32 + 16 * 64)
+    assert bytes_kept(lambda: layer(x) + layer(x.view(8, 64).view(16, 32))) == 4 * 16 * 32
 
 
 def test_gradients_of_attention_cost_five_products():
@@ -372,7 +385,7 @@ def test_a_sample_s_operations_are_counted_for_each_view_count_and_are_as_many_a
         mixers = tuple(unet.config.mixers)
         counted[num_views] = sample_flop(meter, unet, batch, embeds, mixers)
         fewer = sample_flop(meter, unet, batch, embeds, mixers[:1])
-        whole = flop_of(lambda: train_denoiser.flow_loss(unet, batch, embeds, torch.Generator().manual_seed(0),
+        whole = flop_of(lambda: flow_loss(unet, batch, embeds, torch.Generator().manual_seed(0),
                                                          mixers).backward())
         unet.zero_grad(set_to_none=True)
         assert fewer < counted[num_views] and whole == pytest.approx(3 * counted[num_views], rel=1e-3)
@@ -381,16 +394,16 @@ def test_a_sample_s_operations_are_counted_for_each_view_count_and_are_as_many_a
 
 def test_captions_are_encoded_once(pipeline, tmp_path, monkeypatch):
     captions = ["a red barrel", "a wooden chair with four legs"]
-    first = train_denoiser.encode_captions(pipeline, captions, tmp_path).states
-    more = train_denoiser.encode_captions(pipeline, [*captions, "a taxi"], tmp_path).states
+    first = encode_captions(pipeline, captions, tmp_path).states
+    more = encode_captions(pipeline, [*captions, "a taxi"], tmp_path).states
     monkeypatch.setattr(type(pipeline), "encode_prompt", None)  # whoever asked would fail
-    again = train_denoiser.encode_captions(pipeline, ["a taxi", *captions], tmp_path).states
+    again = encode_captions(pipeline, ["a taxi", *captions], tmp_path).states
     assert again.keys() == {"", "a taxi", *captions} and again.keys() == more.keys()
     assert all(torch.equal(again[c], more[c]) for c in more) and all(torch.equal(first[c], more[c]) for c in first)
 
 
 def test_a_table_of_captions_gives_the_same_batches(pipeline):
-    texts = train_denoiser.encode_captions(pipeline, ["a red barrel", "a wooden chair with four legs"])
+    texts = encode_captions(pipeline, ["a red barrel", "a wooden chair with four legs"])
     for captions in (["a red barrel", ""], ["a wooden chair with four legs", "", "a red barrel"]):
         ours, theirs = (t.batch(captions, "cpu", torch.float32) for t in (texts.on("cpu"), texts))
         assert all(torch.equal(getattr(ours, k), getattr(theirs, k)) for k in ("states", "mask", "pooled"))
@@ -400,19 +413,19 @@ def test_encoding_that_runs_out_of_time_leaves_whole_rings_and_goes_on(renders, 
                                                                        monkeypatch):
     rings, vae = list_rings(renders[0]), pipeline_folder / "vae"
     clock = Clock()
-    monkeypatch.setattr(train_denoiser, "time", SimpleNamespace(perf_counter=clock))
-    loaded = train_denoiser.load_file
+    monkeypatch.setattr(latents, "time", SimpleNamespace(perf_counter=clock))
+    loaded = latents.load_file
 
     def slowly(path):
         clock.now += 10
         return loaded(path)
 
-    monkeypatch.setattr(train_denoiser, "load_file", slowly)
-    part = train_denoiser.encoded_rings(pipeline.vae, vae, rings, tmp_path, until=105.0)
+    monkeypatch.setattr(latents, "load_file", slowly)
+    part = latents.encoded_rings(pipeline.vae, vae, rings, tmp_path, until=105.0)
     monkeypatch.undo()
     stems = {k for k in part if not k.endswith("/elevation")}
     assert 0 < len(stems) < len(rings)
-    whole = train_denoiser.encoded_rings(pipeline.vae, vae, rings, tmp_path)
+    whole = latents.encoded_rings(pipeline.vae, vae, rings, tmp_path)
     assert {r.path.stem for r in rings} <= whole.keys() and all(torch.equal(whole[k], part[k]) for k in part)
 
 
@@ -424,7 +437,7 @@ def test_compiled_parts_compute_the_same_loss_gradients_and_names_of_weights(pip
     for unet in (plain, compiled):
         generator = torch.Generator().manual_seed(0)
         batch = RingBatch(torch.randn(2, 3, 4, 4, 4, generator=generator), Cameras.orbit(3), ["a", "b"])
-        loss = train_denoiser.flow_loss(unet, batch, pipeline.encode_prompt(batch.captions), generator)
+        loss = flow_loss(unet, batch, pipeline.encode_prompt(batch.captions), generator)
         loss.backward()
         losses.append(float(loss.detach()))
         gradients.append({name: p.grad for name, p in unet.named_parameters() if p.grad is not None})

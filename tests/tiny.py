@@ -15,11 +15,11 @@ from solids import cube, sphere
 from coser import train_autoencoder, train_denoiser, train_loop
 from coser.data.assets import list_assets
 from coser.data.render import render_assets
+from coser.flow import small_scheduler
 from coser.models.autoencoder import ViewAutoencoder
-from coser.models.text_encoder import SentenceTextEncoder
+from coser.models.text_encoder import SentenceTextEncoder, load_tokenizer
 from coser.models.unet import MultiviewUNet
 from coser.pipeline import CoSERPipeline
-from coser.train_denoiser import load_tokenizer, small_scheduler
 
 STATISTICS = dict(latent_mean=(0.1, -0.2, 0.3, 0.0), latent_std=(0.5, 0.6, 0.7, 0.8))
 

@@ -1,8 +1,8 @@
 """Assets: captioned meshes read from a folder, either packed (index.jsonl + npz shards) or loose GLB/glTF/OBJ files.
 
 Packed form: `index.jsonl`, a JSON object a line with at least `id` and `shard`, and optionally `split`, `object`,
-`captions`, `colors`, `quality`, `front_known`; each shard is a numpy archive with `<id>_v` [V,3], `<id>_f` [F,3] and
-`<id>_c` uint8 [F,3,3] (RGB of each face's corners).
+`captions`, `colors`, `quality`, `front_known`, `kinds`; each shard is a numpy archive with `<id>_v` [V,3], `<id>_f`
+[F,3] and `<id>_c` uint8 [F,3,3] (RGB of each face's corners).
 Loose form: any GLB, glTF or OBJ below the folder; its captions are the lines of a text file of the same name beside it
 (`barrel.glb`, `barrel.txt`), or else its file name; of an object that lies there in several formats, the first of the
 three is read. Loose meshes are centred and scaled into the unit sphere. Colours are sRGB as pictures are; glTF's vertex
@@ -12,6 +12,7 @@ and material colours are linear and become so here.
 from __future__ import annotations
 
 import json
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +23,15 @@ import torch
 from torch import Tensor
 
 LOOSE_SUFFIXES = (".glb", ".gltf", ".obj")
+HELD_OUT_SHARE = 0.05  # of assets that come without a split
 
 
 @dataclass(frozen=True)
 class Asset:
-    """One captioned mesh; geometry is read when asked for (`load_mesh`)."""
+    """One captioned mesh; geometry is read when asked for (`load_mesh`).
+
+    kinds: of a scene of several assets (`coser.data.compose`), the kinds it shows; empty for a single object.
+    """
 
     id: str
     path: Path
@@ -36,6 +41,7 @@ class Asset:
     colors: tuple[str, ...] = ()
     quality: int = 2
     front_known: bool = True
+    kinds: tuple[str, ...] = ()
     packed: bool = field(default=True, repr=False)
 
 
@@ -78,12 +84,23 @@ def last_word(asset: Any) -> str:
     return (asset.object.split() or [""])[-1].lower()
 
 
+def with_article(words: str) -> str:
+    """"oak tree" => "an oak tree"."""
+    return f"{'an' if words[0].lower() in 'aeiou' else 'a'} {words}"
+
+
+def in_unit_sphere(vertices: np.ndarray) -> np.ndarray:
+    """Vertices [V,3] moved so that their box is centred, and scaled so that the farthest lies on the unit sphere."""
+    vertices = vertices - (vertices.min(0) + vertices.max(0)) / 2
+    return vertices / max(np.linalg.norm(vertices, axis=1).max(), 1e-9)
+
+
 def _packed_asset(folder: Path, row: dict) -> Asset:
     return Asset(id=row["id"], path=folder / row["shard"], split=row.get("split", "train"),
                  object=row.get("object", ""),
                  captions=tuple(row.get("captions", ())) or (row.get("object", row["id"]),),
                  colors=tuple(row.get("colors", ())), quality=row.get("quality", 2),
-                 front_known=row.get("front_known", True))
+                 front_known=row.get("front_known", True), kinds=tuple(row.get("kinds", ())))
 
 
 def _loose_asset(folder: Path, path: Path) -> Asset:
@@ -125,9 +142,7 @@ def _load_loose(path: Path) -> tuple[Tensor, Tensor, Tensor]:
         offset += len(mesh.vertices)
     if not vertices:
         raise ValueError(f"{path} holds no triangles")
-    vertices = np.concatenate(vertices)
-    vertices = vertices - (vertices.min(0) + vertices.max(0)) / 2
-    vertices = vertices / max(np.linalg.norm(vertices, axis=1).max(), 1e-9)
+    vertices = in_unit_sphere(np.concatenate(vertices))
     return (torch.from_numpy(vertices.astype(np.float32)), torch.from_numpy(np.concatenate(faces).astype(np.int64)),
             torch.from_numpy(np.concatenate(colors).astype(np.float32)))
 
@@ -158,3 +173,25 @@ def _corner_colors(mesh, linear: bool) -> np.ndarray:
 def linear_to_srgb(colors: np.ndarray) -> np.ndarray:
     """Linear light in [0,1] => sRGB in [0,1] (IEC 61966-2-1)."""
     return np.where(colors <= 0.0031308, 12.92 * colors, 1.055 * np.maximum(colors, 0.0031308) ** (1 / 2.4) - 0.055)
+
+
+def split_assets(folder: Path, min_quality: int = 0) -> tuple[list[Asset], list[Asset]]:
+    """Assets to train on, and held out.
+
+    A packed folder's own splits `train` and `val`; where it has none, those whose id's crc32 says so are held out, at
+    least one. Raises ValueError for fewer than two assets.
+    """
+    assets = list_assets(folder, min_quality=min_quality)
+    train = [a for a in assets if a.split == "train"]
+    if any(a.split == "val" for a in assets):
+        held_out = [a for a in assets if a.split == "val"]
+    else:
+        ranked = sorted(train, key=lambda a: zlib.crc32(a.id.encode()))
+        below = HELD_OUT_SHARE * 2**32
+        held_out = [a for a in ranked if zlib.crc32(a.id.encode()) < below] or ranked[:1]
+        chosen = {a.id for a in held_out}
+        train = [a for a in train if a.id not in chosen]
+    if not train or not held_out:
+        raise ValueError("assets must be at least two, one to train on and one held out, got "
+                         f"{len(assets)} in {folder}")
+    return train, held_out

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from coser.cameras import Cameras
-from coser.data.assets import last_word
+from coser.data.assets import last_word, with_article
 from coser.data.render import load_ring, ring_to_views
 from coser.views import ViewSet, views_to_channels
 
@@ -40,7 +40,11 @@ SIDE = re.compile(r"\b(left|right|clockwise|counterclockwise)\b(?![- ]?(?:angle|
 
 @dataclass(frozen=True)
 class Ring:
-    """One rendered ring file and what is known of its asset. mirrored: whether its mirror image is meant."""
+    """One rendered ring file and what is known of its asset.
+
+    mirrored: whether its mirror image is meant. kinds: of a scene of several assets (`coser.data.compose`), the kinds
+    it shows; empty for a single object.
+    """
 
     path: Path
     asset_id: str
@@ -48,6 +52,7 @@ class Ring:
     captions: tuple[str, ...]
     colors: tuple[str, ...]
     mirrored: bool = False
+    kinds: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -57,15 +62,15 @@ class Ring:
     def mirror(self) -> "Ring":
         """The mirror image, in whose captions left is right."""
         captions = tuple(SIDE.sub(_other_side, caption) for caption in self.captions)
-        return replace(self, captions=captions, mirrored=not self.mirrored)
+        name = SIDE.sub(_other_side, self.object)
+        return replace(self, object=name, captions=captions, mirrored=not self.mirrored)
 
     @property
     def short_captions(self) -> tuple[str, ...]:
         """What people type: the first caption, and "a <colour> <object>" where both are known."""
         if not self.colors or not self.object:
             return self.captions[:1]
-        article = "an" if self.colors[0][0] in "aeiou" else "a"
-        return self.captions[0], f"{article} {self.colors[0]} {self.object}"
+        return self.captions[0], with_article(f"{self.colors[0]} {self.object}")
 
     @property
     def kind(self) -> str:
@@ -87,8 +92,8 @@ def mirror_views(views: ViewSet) -> ViewSet:
 def list_rings(renders: str | Path, limit: int | None = None, min_kind_count: int = 1) -> list[Ring]:
     """The ring files of a folder written by coser.data.render, sorted by name.
 
-    limit: the first so many. min_kind_count: only those whose kind has at least so many assets. Raises ValueError when
-    there are none.
+    limit: the first so many. min_kind_count: only those whose kind has at least so many assets; scenes of several
+    assets neither count nor are left out. Raises ValueError when there are none.
     """
     renders = Path(renders)
     index = renders / "index.jsonl"
@@ -99,9 +104,10 @@ def list_rings(renders: str | Path, limit: int | None = None, min_kind_count: in
     for path in sorted(renders.glob("*.safetensors")):
         asset_id = path.stem.rsplit("-", 1)[0]
         row = known[asset_id]
-        rings.append(Ring(path, asset_id, row["object"], tuple(row["captions"]), tuple(row["colors"])))
-    assets = Counter(kind for kind, _ in {(r.kind, r.asset_id) for r in rings})
-    rings = [r for r in rings if assets[r.kind] >= min_kind_count]
+        rings.append(Ring(path, asset_id, row["object"], tuple(row["captions"]), tuple(row["colors"]),
+                          kinds=tuple(row.get("kinds", ()))))
+    assets = Counter(kind for kind, _ in {(r.kind, r.asset_id) for r in rings if not r.kinds})
+    rings = [r for r in rings if r.kinds or assets[r.kind] >= min_kind_count]
     if not rings:
         raise ValueError(f"{renders} holds no rendered rings of kinds with at least {min_kind_count} assets yet")
     return rings[:limit]
@@ -184,12 +190,13 @@ def held_out_views(rings: list[Ring], per_ring: int = 2) -> ViewSet:
 class RingBatch:
     """B samples of N views: latents [B,N,C,h,w], their shared cameras, and a caption each.
 
-    A caption is "" where text was dropped.
+    A caption is "" where text was dropped. depths [B,N,s,s]: where a training asked for them.
     """
 
     latents: Tensor
     cameras: Cameras
     captions: list[str]
+    depths: Tensor | None = None
 
 
 class LatentRings:
@@ -197,18 +204,21 @@ class LatentRings:
 
     All samples of a batch share view count, start and elevation, so that they share one geometry; text is dropped for
     `drop_text` of them. latents: per ring [V,C,h,w]; rings of a batch come from one elevation. One tensor [R,V,C,h,w]
-    in place of the list, such as one on a GPU, gives the same batches by one indexing each.
+    in place of the list, such as one on a GPU, gives the same batches by one indexing each. depths: per ring [V,s,s],
+    to go with the latents.
     """
 
     def __init__(self, rings: list[Ring], latents: list[Tensor] | Tensor, elevations: list[float], seed: int = 0,
-                 view_counts: tuple[int, ...] = (4, 6, 8, 12), views_per_batch: int = 48, drop_text: float = 0.1):
+                 view_counts: tuple[int, ...] = (4, 6, 8, 12), views_per_batch: int = 48, drop_text: float = 0.1,
+                 depths: list[Tensor] | None = None):
         self.groups: dict[float, list[int]] = {}
         for i, elevation in enumerate(elevations):
             self.groups.setdefault(round(elevation, 3), []).append(i)
-        self.rings, self.latents, self.seed = rings, latents, seed
-        counts = Counter(r.kind for r in rings)
-        # a hundred trees must not hide five hearts
-        self.weights = torch.tensor([counts[r.kind] ** -0.5 for r in rings])
+        self.rings, self.latents, self.depths, self.seed = rings, latents, depths, seed
+        # a hundred trees must not hide five hearts, nor scenes with barrels the barrels
+        kinds = [(r.kind, bool(r.kinds)) for r in rings]
+        counts = Counter(kinds)
+        self.weights = torch.tensor([counts[kind] ** -0.5 for kind in kinds])
         self.view_counts, self.views_per_batch, self.drop_text = view_counts, views_per_batch, drop_text
         self.ring_length = len(latents[0])
         bad = [n for n in view_counts if self.ring_length % n]
@@ -240,7 +250,8 @@ class LatentRings:
             caption = choices[draw(len(choices))]
             captions.append("" if float(torch.rand((), generator=generator)) < self.drop_text else caption)
         cameras = Cameras.orbit(num_views, elevation, start=start * 360 / self.ring_length)
-        return RingBatch(latents, cameras, captions)
+        depths = None if self.depths is None else torch.stack([self.depths[i][start::stride] for i in picks]).float()
+        return RingBatch(latents, cameras, captions, depths)
 
 
 def _group_of(position: int, groups: dict[float, list[int]]) -> float:

@@ -68,6 +68,10 @@ def _render_one(job: tuple[Asset, int, Path, int, int, str]) -> None:
     save_ring(path, *render_ring(asset, ring, num_views, size, device))
 
 
+def is_rendered(assets: list[Asset], rings: int, folder: Path) -> bool:
+    return all((folder / f"{a.id}-{ring}.safetensors").is_file() for a in assets for ring in range(rings))
+
+
 def render_assets(assets: list[Asset], output: Path, rings: int = 1, num_views: int = 24, size: int = 256,
                   device: str = "cpu", workers: int = 1, until: float = math.inf) -> None:
     """Renders `rings` rings of every asset into `output`.

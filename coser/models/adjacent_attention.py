@@ -1,6 +1,6 @@
 """Appearance awareness (AA): self-attention whose keys and values also come from the two neighbouring views.
 
-Also home to the ring's neighbours and to the one multi-head attention that all mixers share.
+Also home to the ring's neighbours, and to the multi-head attention and its weights that all mixers share.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
@@ -31,6 +31,23 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1).to(v.dtype) @ v
+
+
+class SilentAttention(nn.Module):
+    """The weights of an attention added to a trained model: a norm, three projections, and one back that is zero.
+
+    inner: channels of queries, keys and values, in heads of head_size.
+    """
+
+    def __init__(self, channels: int, inner: int, head_size: int):
+        super().__init__()
+        self.heads = max(1, inner // head_size)
+        self.norm = nn.LayerNorm(channels)
+        self.to_q = nn.Linear(channels, inner, bias=False)
+        self.to_k = nn.Linear(channels, inner, bias=False)
+        self.to_v = nn.Linear(channels, inner, bias=False)
+        self.to_out = nn.Linear(inner, channels, bias=False)
+        nn.init.zeros_(self.to_out.weight)
 
 
 def ring_neighbours(num_views: int) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from coser.models.adjacent_attention import attend
+from coser.models.adjacent_attention import SilentAttention, attend
 
 
 @functools.lru_cache(maxsize=64)
@@ -41,8 +41,8 @@ def pool_by_score(tokens: Tensor, scores: Tensor, window: int) -> Tensor:
     return pooling_weights(scores, window).to(tokens.dtype) @ tokens
 
 
-class ScoreAttention(nn.Module):
-    """Scores from the match with the text, pooling, attention to all views, zero-initialised projection out.
+class ScoreAttention(SilentAttention):
+    """Scores from the match with the text, pooling, attention to all views; silent at first.
 
     use_scores: without them every token of a field counts the same, to measure what they are good for.
 
@@ -51,15 +51,9 @@ class ScoreAttention(nn.Module):
 
     def __init__(self, channels: int, inner: int, head_size: int, text_channels: int, window: int,
                  use_scores: bool = True):
-        super().__init__()
-        self.heads, self.window = max(1, inner // head_size), window
-        self.norm = nn.LayerNorm(channels)
+        super().__init__(channels, inner, head_size)
+        self.window = window
         self.score_text = nn.Linear(text_channels, channels) if use_scores else None
-        self.to_q = nn.Linear(channels, inner, bias=False)
-        self.to_k = nn.Linear(channels, inner, bias=False)
-        self.to_v = nn.Linear(channels, inner, bias=False)
-        self.to_out = nn.Linear(inner, channels, bias=False)
-        nn.init.zeros_(self.to_out.weight)
 
     def forward(self, tokens: Tensor, num_views: int, text_mean: Tensor) -> Tensor:
         normed = self.norm(tokens)

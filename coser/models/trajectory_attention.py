@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from coser.cameras import Cameras, pixel_centers
-from coser.models.adjacent_attention import attend, gather_views, ring_neighbours
+from coser.models.adjacent_attention import SilentAttention, attend, gather_views, ring_neighbours
 
 DENSE_TOKENS = 256  # up to here a masked dense attention beats gathering windows
 
@@ -131,22 +131,12 @@ class TrajectoryGeometries:
         return self._dense[key]
 
 
-class TrajectoryAttention(nn.Module):
-    """Attention along trajectories, leaving through a zero-initialised projection.
+class TrajectoryAttention(SilentAttention):
+    """Attention along trajectories, silent at first.
 
     forward: tokens [B*N,T,C], num_views, geometries => [B*N,T,C], to be added to the tokens. One view has no
     neighbours: zeros.
     """
-
-    def __init__(self, channels: int, inner: int, head_size: int):
-        super().__init__()
-        self.heads = max(1, inner // head_size)
-        self.norm = nn.LayerNorm(channels)
-        self.to_q = nn.Linear(channels, inner, bias=False)
-        self.to_k = nn.Linear(channels, inner, bias=False)
-        self.to_v = nn.Linear(channels, inner, bias=False)
-        self.to_out = nn.Linear(inner, channels, bias=False)
-        nn.init.zeros_(self.to_out.weight)
 
     def forward(self, tokens: Tensor, num_views: int, geometries: TrajectoryGeometries) -> Tensor:
         if num_views == 1:
