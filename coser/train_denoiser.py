@@ -214,7 +214,8 @@ def run(options: argparse.Namespace, loop: Options) -> None:
     def loss_of_step(step: int) -> tuple[Tensor, dict]:
         batch, embeds = upcoming(step)
         generator = step_generator(options.seed + 1, step)
-        mixers = drop_mixers(tuple(unet.config.mixers), generator, options.drop_mixers)
+        # by draws of their own: models with more or fewer modules then see the same noise
+        mixers = drop_mixers(tuple(unet.config.mixers), step_generator(options.seed + 2, step), options.drop_mixers)
         samples, num_views = batch.latents.shape[:2]
         meter.did(samples * num_views, samples * sample_flop(meter, unet, batch, embeds, mixers))
         levels = noise_levels(samples, generator, options.training_shift, options.levels)
