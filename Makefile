@@ -1,5 +1,5 @@
-# `make demo` serves the app, `make test` runs the tests, one file a core at a time. Both first set up .venv, and only when
-# something has changed.
+# `make demo` serves the app, `make test` runs the tests, one file a core at a time. Both first set up .venv, and only
+# when something has changed.
 SHELL := /bin/bash
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3))
 VENV := .venv

@@ -58,6 +58,7 @@ def load_variants(path: Path) -> list[Variant]:
     return [Variant(name, tuple(shlex.split(line))) for name, line in variants.items()]
 
 
+@torch.no_grad()
 def estimates(pipeline: CoSERPipeline, renders: Path,
               chosen: slice = slice(None)) -> Iterator[tuple[float, ViewSet, ViewSet, Cameras]]:
     """Of every held-out ring `chosen` among RINGS and every level of LEVELS: the level, the decoded one-step estimate,
@@ -68,15 +69,14 @@ def estimates(pipeline: CoSERPipeline, renders: Path,
         views, cameras = load_ring(ring.path)
         stride = max(1, len(views) // VIEWS)
         views, cameras = views[::stride], cameras[::stride]
-        with torch.no_grad():
-            embeds = pipeline.encode_prompt([ring.captions[0]])
-            clean = pipeline.vae.views_to_latents(views).float()
-            for level in LEVELS:
-                noise = torch.randn(clean.shape, generator=step_generator(11, i))
-                noisy = (1 - level) * clean + level * noise
-                flow = pipeline.unet(noisy[None].to(pipeline.unet.dtype), torch.tensor([level * 1000]), embeds.states,
-                                     cameras, pooled=embeds.pooled, attention_mask=embeds.mask)[0].float()
-                yield level, pipeline.latents_to_views(noisy - level * flow), views, cameras
+        embeds = pipeline.encode_prompt([ring.captions[0]])
+        clean = pipeline.vae.views_to_latents(views).float()
+        for level in LEVELS:
+            noise = torch.randn(clean.shape, generator=step_generator(11, i))
+            noisy = (1 - level) * clean + level * noise
+            flow = pipeline.unet(noisy[None].to(pipeline.unet.dtype), torch.tensor([level * 1000]), embeds.states,
+                                 cameras, pooled=embeds.pooled, attention_mask=embeds.mask)[0].float()
+            yield level, pipeline.latents_to_views(noisy - level * flow), views, cameras
 
 
 def estimate_figures(pipeline: CoSERPipeline, renders: Path) -> dict[str, float]:
