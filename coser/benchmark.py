@@ -32,7 +32,7 @@ from coser.models.unet import MultiviewUNet
 from coser.optimizer import MasterOptimizer
 from coser.pipeline import CoSERPipeline, PromptEmbeds
 from coser.request import GenerationRequest
-from coser.stopwatch import MATMUL_SIZE, Stage, Watch, flop_counter, matmul_rate, peak_memory, synchronize
+from coser.stopwatch import Stage, Watch, flop_counter, matmul_rate, peak_memory, synchronize
 from coser.studio import SMALL, Studio, log_to_terminal
 
 BARS = {"prompt to GLB, s": 25.0, "start to ready, s": 12.0, "peak memory, GiB": 4.0, "previews, share": 0.15}
@@ -161,7 +161,7 @@ def measure(checkpoint: str, device: str | None, num_views: int, steps: int, run
     for name, stage in stages.items():
         stage.gflop = gflop.get(name, 0.0) * stage.calls
     figures["previews, share"] = sum(stages[name].seconds for name in PREVIEWS) / figures["prompt to GLB, s"]
-    return Report(machine(made), matmul_rate(made.device), figures, list(stages.values()))
+    return Report(machine(made), 1000 * matmul_rate(made.device, torch.float32), figures, list(stages.values()))
 
 
 def machine(made: Studio) -> dict[str, str | int]:
@@ -206,7 +206,7 @@ def measure_training(preset: str, device: torch.device, dtype: torch.dtype,
 def table(report: Report, markdown: bool = False) -> str:
     """The report as text: machine, figures with their bars, and a line a stage."""
     lines = ["  ".join(f"{name} {value}" for name, value in report.machine.items()),
-             f"plain fp32 matmul of {MATMUL_SIZE}: {report.matmul:.0f} GFLOP/s", ""]
+             f"plain fp32 matrix product: {report.matmul:.0f} GFLOP/s", ""]
     rows = [["figure", "measured", "bar", ""]]
     for name, value in report.figures.items():
         bar = BARS.get(name)

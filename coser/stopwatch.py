@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-MATMUL_SIZE = 2048
+# Side of the matrices, and products a timing: on a GPU one alone would be timed with its launch.
+PRODUCTS = {"cuda": (8192, 10), "cpu": (2048, 2)}
+PROBE_SIZE, LONGEST_PRODUCT = 256, 0.5  # seconds
 
 
 @dataclass
@@ -77,19 +79,40 @@ def attention_flop(query, key, value, *_, **__) -> int:
     return 2 * batch * heads * length * key[2] * (width + value[3])
 
 
+def attention_backward_flop(grad_out, query, key, value, *rest, **named) -> int:
+    """Of CPU attention's gradient, from shapes [B,H,L,D]: scores again, then both factors of each of its two products.
+
+    torch's own table, which knows the GPU's kernels alone, counts five products there against two forwards.
+    """
+    return attention_flop(query, key, value) * 5 // 2
+
+
 def flop_counter() -> FlopCounterMode:
+    """Counts floating point operations of products, convolutions and attention, forwards and backwards."""
     return FlopCounterMode(display=False, custom_mapping={
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flop})
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flop,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flop})
 
 
-def matmul_rate(device: torch.device, size: int = MATMUL_SIZE, repeats: int = 5) -> float:
-    """GFLOP/s of a plain fp32 matrix product, the best of `repeats`."""
-    a, b = (torch.randn(size, size, device=device) for _ in range(2))
-    best = float("inf")
-    for _ in range(repeats + 1):
-        synchronize(device)
-        began = time.perf_counter()
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large square matrix product, the best of four timings.
+
+    Of a smaller one where that would take long: processors without bfloat16 need a minute for what others do at once.
+    """
+    size, repeats = PRODUCTS.get(device.type, PRODUCTS["cpu"])
+    if device.type != "cuda":
+        probe = _product_seconds(device, dtype, PROBE_SIZE, 1)
+        while size > PROBE_SIZE and probe * (size / PROBE_SIZE) ** 3 > LONGEST_PRODUCT:
+            size //= 2
+    best = min(_product_seconds(device, dtype, size, repeats) for _ in range(4))
+    return 2 * size**3 * repeats / best / 1e12
+
+
+def _product_seconds(device: torch.device, dtype: torch.dtype, size: int, repeats: int) -> float:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(repeats):
         a @ b
-        synchronize(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best / 1e9
+    synchronize(device)
+    return time.perf_counter() - began

@@ -7,21 +7,8 @@ import time
 from collections.abc import Callable, Hashable, Iterator
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from coser.stopwatch import attention_flop, synchronize
-
-# Side of the matrices, and products a timing: on a GPU one alone would be timed with its launch.
-PRODUCTS = {"cuda": (8192, 10), "cpu": (2048, 2)}
-PROBE_SIZE, LONGEST_PRODUCT = 256, 0.5  # seconds
-
-
-def attention_backward_flop(grad_out, query, key, value, *rest, **named) -> int:
-    """Of CPU attention's gradient, from shapes [B,H,L,D]: scores again, then both factors of each of its two products.
-
-    torch's own table, which knows the GPU's kernels alone, counts five products there against two forwards.
-    """
-    return attention_flop(query, key, value) * 5 // 2
+from coser.stopwatch import flop_counter, matmul_rate, synchronize
 
 
 def flop_of(work: Callable[[], object]) -> int:
@@ -30,10 +17,7 @@ def flop_of(work: Callable[[], object]) -> int:
     Compiled parts run uncompiled, since a counter sees nothing inside them. Custom kernels (the Triton scan) are not
     seen either: where one is in use this is a lower bound.
     """
-    counter = FlopCounterMode(display=False, custom_mapping={
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flop,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flop})
-    with torch.compiler.set_stance("force_eager"), counter:
+    with torch.compiler.set_stance("force_eager"), flop_counter() as counter:
         work()
     return counter.get_total_flops()
 
@@ -51,30 +35,6 @@ def bytes_kept(work: Callable[[], object]) -> int:
         result = work()  # held until counted: freed storages would give their addresses away again
     del result
     return sum(kept.values())
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
-    """TFLOP/s of a large square matrix product, the best of four timings.
-
-    Of a smaller one where that would take long: processors without bfloat16 need a minute for what others do at once.
-    """
-    size, repeats = PRODUCTS.get(device.type, PRODUCTS["cpu"])
-    if device.type != "cuda":
-        probe = _product_seconds(device, dtype, PROBE_SIZE, 1)
-        while size > PROBE_SIZE and probe * (size / PROBE_SIZE) ** 3 > LONGEST_PRODUCT:
-            size //= 2
-    best = min(_product_seconds(device, dtype, size, repeats) for _ in range(4))
-    return 2 * size**3 * repeats / best / 1e12
-
-
-def _product_seconds(device: torch.device, dtype: torch.dtype, size: int, repeats: int) -> float:
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    synchronize(device)
-    began = time.perf_counter()
-    for _ in range(repeats):
-        a @ b
-    synchronize(device)
-    return time.perf_counter() - began
 
 
 class Throughput:

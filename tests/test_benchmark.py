@@ -14,7 +14,7 @@ from coser.benchmark import (BARS, Report, count_run, fresh_process, main, measu
 from coser.cameras import Cameras
 from coser.models.autoencoder import ViewAutoencoder
 from coser.request import GenerationRequest
-from coser.stopwatch import Stage, Watch, flop_counter, matmul_rate
+from coser.stopwatch import PRODUCTS, Stage, Watch, flop_counter, matmul_rate
 from coser.studio import Studio
 
 CPU = torch.device("cpu")
@@ -109,7 +109,8 @@ def test_training_counts_forward_and_backward():
 def test_matmul_rate_is_operations_over_seconds(monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr("coser.stopwatch.time.perf_counter", lambda: next(clock))  # a second between any two looks
-    assert matmul_rate(CPU, size=100, repeats=2) == pytest.approx(2 * 100**3 / 1e9)
+    monkeypatch.setitem(PRODUCTS, "cpu", (100, 3))
+    assert matmul_rate(CPU, torch.float32) == pytest.approx(3 * 2 * 100**3 / 1e12)
 
 
 def test_the_page_is_timed_until_it_answers_and_then_ended(tmp_path, monkeypatch):
@@ -156,14 +157,14 @@ def test_the_report_shows_every_figure_against_its_bar():
 def test_the_command_writes_its_report_and_tells_in_its_exit_code_whether_all_bars_are_met(
         made, pipeline_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "time_app", lambda *args: 9.0)
-    monkeypatch.setattr(benchmark, "matmul_rate", lambda device: 100.0)
+    monkeypatch.setattr(benchmark, "matmul_rate", lambda *_: 0.1)
     command = ["--checkpoint", str(pipeline_folder), "--device", "cpu", "--num-views", "4", "--steps", "2",
                "--runs", "1", "--json", str(tmp_path / "report.json")]
     monkeypatch.setattr(benchmark, "BARS", dict.fromkeys(BARS, 1e9))
     monkeypatch.setattr(benchmark, "time_start", lambda *args: 5.0)
     assert main(command) == 0 and "met" in capsys.readouterr().out
     report = json.loads(Path(tmp_path / "report.json").read_text())
-    assert report["matmul"] > 0 and set(BARS) <= set(report["figures"])
+    assert report["matmul"] == pytest.approx(100) and set(BARS) <= set(report["figures"])
     assert next(s for s in report["stages"] if s["name"] == "denoising steps")["gflop"] > 0
     measured = Report(**report | {"stages": [Stage(**s) for s in report["stages"]]})
     monkeypatch.setattr(benchmark, "measure", lambda *args: measured)  # not again

@@ -25,7 +25,8 @@ from coser.optimizer import MasterOptimizer
 from coser.pipeline import CoSERPipeline
 from coser.recipe_record import STAGES, Record
 from coser.shards import read_shards
-from coser.throughput import Throughput, bytes_kept, flop_of, matmul_rate
+from coser.stopwatch import matmul_rate
+from coser.throughput import Throughput, bytes_kept, flop_of
 from coser.train import main
 from coser.train_denoiser import sample_flop
 from coser.train_loop import Budget, Options, checkpoints
@@ -342,7 +343,7 @@ def test_operations_of_products_are_counted_also_inside_compiled_parts_and_gradi
     layer.compile()
     assert flop_of(lambda: layer(x)) == 2 * 16 * 64 * 32
     assert flop_of(lambda: layer(x).sum().backward()) == 3 * 2 * 16 * 64 * 32
-    assert matmul_rate(torch.device("cpu")) > 0
+    assert matmul_rate(torch.device("cpu"), torch.float32) > 0
 
 
 def test_what_a_backward_pass_needs_is_counted_once():
