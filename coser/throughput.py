@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Hashable, Iterator
 
 import torch
 
 from coser.stopwatch import flop_counter, matmul_rate, synchronize
+
+rate_here = functools.cache(matmul_rate)  # once a process: trainings that follow each other need not wait for it again
 
 
 def flop_of(work: Callable[[], object]) -> int:
@@ -47,7 +50,7 @@ class Throughput:
 
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.bfloat16, matmul: float | None = None):
         self.device = device
-        self.matmul = matmul_rate(device, dtype) if matmul is None else matmul
+        self.matmul = rate_here(device, dtype) if matmul is None else matmul
         self.known: dict[Hashable, int] = {}
         self.seconds = self.views = self.flop = 0.0
 
