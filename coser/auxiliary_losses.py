@@ -80,19 +80,19 @@ def correspondence_loss(attention: TrajectoryAttention, tokens: Tensor, num_view
 
 
 def dispersive_loss(features: Tensor, num_views: int) -> Tensor:
-    """log of the mean of exp(-|z_i - z_j|^2 / (D tau)) over pairs of different samples (Wang and He 2025, "Diffuse and
-    Disperse", arXiv 2506.09027, equation 6).
+    """log of the mean of exp(-|z_i - z_j|^2 / (D tau)) over all i and j (Wang and He 2025, "Diffuse and Disperse", arXiv
+    2506.09027, equation 6).
 
-    features [B*N,...]; views of one ring are no pairs: they shall resemble each other. 0 for one sample.
+    features [B*N,...]; views of one ring are no pairs: they shall resemble each other. Each with itself is one, as in
+    the authors' own code: without these, whose distance is 0, the loss has no lower bound, and features grow for ever.
     """
     flat = features.flatten(1).float()
     sample = torch.arange(len(flat), device=flat.device) // num_views
     first, second = torch.triu_indices(len(flat), len(flat), 1, device=flat.device)
     strangers = sample[first] != sample[second]
-    if not strangers.any():
-        return flat.sum() * 0
     distances = torch.nn.functional.pdist(flat)[strangers].square() / flat.shape[1]
-    return torch.logsumexp(-distances / TEMPERATURE, 0) - math.log(int(strangers.sum()))
+    exponents = torch.cat((-distances / TEMPERATURE + math.log(2), flat.new_zeros(len(flat))))  # both ways round
+    return torch.logsumexp(exponents, 0) - math.log(2 * len(distances) + len(flat))
 
 
 class Overheard:

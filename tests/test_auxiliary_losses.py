@@ -123,10 +123,14 @@ def test_the_loss_teaches_queries_and_keys(pipeline):
     assert float(heard.correspondence(depths)) == 0
 
 
-def test_dispersion_by_hand_and_only_between_samples():
+def test_dispersion_by_hand_only_between_samples_and_bounded():
     features = torch.tensor([[0.0, 0.0], [0.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
-    # four pairs of strangers, each 4 apart squared, over two channels and a temperature of a half
-    assert float(dispersive_loss(features, 2)) == pytest.approx(-4.0)
+    # four pairs of strangers, twice, each 4 apart squared, over two channels and a temperature of a half; four selves
+    assert float(dispersive_loss(features, 2)) == pytest.approx(math.log((8 * math.exp(-4) + 4) / 12))
     assert float(dispersive_loss(features, 4)) == 0
     closer = features * torch.tensor([0.5, 1.0])
-    assert float(dispersive_loss(closer, 2)) > -4.0
+    assert float(dispersive_loss(closer, 2)) > float(dispersive_loss(features, 2))
+    far = (1000 * features).requires_grad_()
+    loss = dispersive_loss(far, 2)
+    loss.backward()
+    assert float(loss) == pytest.approx(math.log(4 / 12)) and not far.grad.any()  # far enough is far enough
