@@ -21,6 +21,7 @@ import torch
 from coser import baselines
 from coser.cameras import ELEVATION, Cameras
 from coser.data.assets import Asset, list_assets, load_mesh
+from coser.devices import choose_device
 from coser.metrics import psnr, render_mesh, sharpness, ssim
 from coser.rasterizer import render
 from coser.reconstruction import Mesh, Surface, finish, reconstruct
@@ -58,6 +59,7 @@ METHODS: dict[str, tuple[str, Callable[[ViewSet, Cameras], Mesh]]] = {
     "poisson": ("Poisson, with depth, thin parts cut", baselines.poisson),
     "poisson_closed": ("Poisson, with depth, closed", lambda v, c: baselines.poisson(v, c, thinnest=0.0)),
 }
+OURS = ("depth", "fit", "hull")  # what runs on the device that is asked for
 # figure: its words in the table, digits, and whether more is better
 FIGURES: dict[str, tuple[str, int, bool]] = {
     "chamfer": ("Chamfer", 4, False), "accuracy": ("mesh to truth", 4, False),
@@ -93,14 +95,17 @@ def make_scene(asset: Asset, num_views: int, size: int = 256, elevation: float =
                  {h: (cameras, render(vertices, faces, colors, cameras, size)) for h, cameras in around.items()})
 
 
-def measure(scene: Scene, method: Callable[[ViewSet, Cameras], Mesh]) -> dict[str, float]:
+def measure(scene: Scene, method: Callable[[ViewSet, Cameras], Mesh],
+            device: torch.device | str = "cpu") -> dict[str, float]:
     """Makes a mesh of the scene's views => FIGURES of it. ValueError of a method that finds no surface passes through.
 
-    memory: MiB by which the process' memory grew at most meanwhile, looked at every 5 ms.
+    device: where the views lie when the seconds begin. memory: MiB by which the process' memory grew at most meanwhile,
+    looked at every 5 ms; a GPU's own is not counted.
     """
+    views, ring = scene.views.to(device), scene.ring.to(device)
     with MemoryWatch() as memory:
         began, worked = time.perf_counter(), time.process_time()
-        mesh = method(scene.views, scene.ring)
+        mesh = method(views, ring)
         seconds, processor_seconds = time.perf_counter() - began, time.process_time() - worked
     figures = {"seconds": seconds, "processor_seconds": processor_seconds, "memory": memory.added,
                "faces": float(len(mesh.faces)), "watertight": float(mesh.is_watertight)}
@@ -153,10 +158,11 @@ class MemoryWatch:
 
 
 def evaluate_surface(assets: list[Asset], num_views: list[int], methods: list[str], out: Path,
-                     size: int = 256) -> list[dict]:
+                     size: int = 256, device: torch.device | str = "cpu") -> list[dict]:
     """Measures every asset, number of views and method that `out`/rows.jsonl lacks, and returns all its rows.
 
-    A method that finds no surface, or whose library is missing, leaves a row with the reason in "error".
+    device: of our own methods; the baselines' libraries work on the CPU. A method that finds no surface, or whose library
+    is missing, leaves a row with the reason in "error".
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "rows.jsonl"
@@ -169,7 +175,7 @@ def evaluate_surface(assets: list[Asset], num_views: list[int], methods: list[st
             for method in missing:
                 row = {"id": asset.id, "object": asset.object, "num_views": count, "method": method}
                 try:
-                    row |= measure(scene, METHODS[method][1])
+                    row |= measure(scene, METHODS[method][1], device if method in OURS else "cpu")
                 except (ValueError, ImportError) as error:
                     row["error"] = str(error)
                 rows.append(row)
@@ -217,13 +223,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-views", type=int, nargs="+", default=[12])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--size", type=int, default=256, help="pixels a side of the views")
+    parser.add_argument("--device", default="cpu", help="of our own methods (default: %(default)s); cuda wants an --out "
+                        "of its own")
     parser.add_argument("--out", type=Path, required=True, help="folder for rows and tables; rows that are there "
                         "already are not measured again")
 
 
 def run(options: argparse.Namespace) -> None:
     assets = list_assets(options.assets, options.split, limit=options.limit)
-    rows = evaluate_surface(assets, options.num_views, options.methods, options.out, options.size)
+    rows = evaluate_surface(assets, options.num_views, options.methods, options.out, options.size,
+                            choose_device(options.device)[0])
     summary = summarise(rows)
     (options.out / "table.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
     (options.out / "table.md").write_text(markdown(summary), "utf-8")
