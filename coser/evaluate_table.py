@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,67 +26,14 @@ from coser.evaluate_prompts import SMALL, contact_sheet, sheet_row
 from coser.judge import ViewJudge, is_janus, load_judge, nearest_distances, ring_embedding
 from coser.metrics import psnr, render_mesh, sharpness, silhouette_iou
 from coser.pipeline import CoSERPipeline
+from coser.quality_table import markdown, summarise
+from coser.questions import QUESTIONS, Question, load_questions, slug
 from coser.reconstruction import QUICK, reconstruct
 from coser.stopwatch import Watch
 from coser.views import ViewSet, views_to_uint8
 
 VERB = "table"
-QUESTIONS = Path(__file__).parent / "data" / "questions.json"
-MIN_KIND_COUNT = 3  # a kind with fewer assets is a word that a model has hardly met
 WORDS = ("object_right", "object_in_5", "color_right", "both_right", "kinds_in_2", "kinds_in_5", "caption_fit")
-TSED_SHOWN = (1.0, 2.0, 5.0)  # pixels; the JSON file has the whole curve
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt and what its picture must show: the kind of object and the main colour.
-
-    Or, of a composition, all of several `kinds`; it has no main colour, "".
-    """
-
-    prompt: str
-    object: str
-    color: str = ""
-    kinds: tuple[str, ...] = ()
-
-
-def draw_questions(rings: list[Ring], count: int, seed: int = 0) -> list[Question]:
-    """Different prompts "a <colour> <kind>" from the captions' vocabulary.
-
-    Kinds with at least MIN_KIND_COUNT assets, no plurals, drawn by the square root of their number; the colour is the
-    main one of an asset of that kind. Raises ValueError where the rings do not hold so many different pairs.
-    """
-    assets = {r.asset_id: r for r in rings if r.colors and "~" not in r.asset_id}
-    counts = Counter(r.kind for r in assets.values())
-    kinds = sorted(k for k, n in counts.items() if n >= MIN_KIND_COUNT and not re.search(r"[^su]s$", k))
-    pairs = {k: sorted((a, r.colors[0]) for a, r in assets.items() if r.kind == k) for k in kinds}
-    possible = sum(len({color for _, color in pairs[k]}) for k in kinds)
-    if possible < count:
-        raise ValueError(f"count must be at most {possible}, the pairs of colour and kind in these rings, got {count}")
-    draw = np.random.default_rng(seed)
-    chance = np.array([counts[k] ** 0.5 for k in kinds])
-    found: dict[str, Question] = {}
-    while len(found) < count:
-        kind = kinds[draw.choice(len(kinds), p=chance / chance.sum())]
-        color = pairs[kind][draw.integers(len(pairs[kind]))][1]
-        prompt = f"{'an' if color[0] in 'aeiou' else 'a'} {color} {kind}"
-        found.setdefault(prompt, Question(prompt, kind, color))
-    return list(found.values())
-
-
-def load_questions(path: Path, name: str) -> list[Question]:
-    """One list of a questions file. Raises ValueError naming the lists there are."""
-    lists = json.loads(path.read_text("utf-8"))["lists"]
-    if name not in lists:
-        raise ValueError(f"questions must be one of {', '.join(lists)}, got {name!r}")
-    known = {field.name for field in fields(Question)}
-    return [Question(**{k: tuple(v) if k == "kinds" else v for k, v in entry.items() if k in known})
-            for entry in lists[name]]
-
-
-def slug(prompt: str) -> str:
-    """A prompt as a file name."""
-    return re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")
 
 
 def draw_rings(pipeline: CoSERPipeline, questions: list[Question], folder: Path, seed: int = 0,
@@ -250,81 +194,6 @@ def score_column(column: Column, judge_of: Callable[[Ring, ViewSet, Cameras], di
         print(f"{column.name:10} {ring.captions[0][:40]:40}", *(f"{k} {figures[k]:.2f}" for k in
               ("cross_psnr", "hull_iou", "object_right", "color_right") if k in figures), flush=True)
     return [done[ring.asset_id] for ring in column.rings]
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of the table. figure: its name in the scores. of: how the rings' figures become one."""
-
-    label: str
-    figure: str
-    of: Callable[[list[float]], float] = statistics.median
-    form: str = "{:.3f}"
-
-
-def share(values: list[float]) -> float:
-    """The mean, of what is 0 or 1 for each ring."""
-    return statistics.fmean(values)
-
-
-LINES = (
-    Line("odd/even cross-render PSNR, dB", "cross_psnr", form="{:.1f}"),
-    Line("odd/even Chamfer distance, radii", "cross_chamfer", form="{:.4f}"),
-    Line("leave-one-out hull IoU", "hull_iou"),
-    *(Line(f"TSED, pairs consistent within {t:g} px", f"tsed_{t:g}", share) for t in TSED_SHOWN),
-    Line("SIFT matches a pair of neighbours", "matches", form="{:.0f}"),
-    Line("depth agreement of neighbours", "depth_agreement"),
-    Line("held-out re-render PSNR, dB", "held_out_psnr", form="{:.1f}"),
-    Line("held-out re-render SSIM", "held_out_ssim"),
-    Line("mesh against its own views, PSNR, dB", "own_psnr", form="{:.1f}"),
-    Line("mesh against its own views, silhouette IoU", "own_iou"),
-    Line("sharpness of the views", "sharpness", form="{:.2f}"),
-    Line("meshes watertight", "watertight", share, "{:.1%}"),
-    Line("rings without a surface", "failed", share, "{:.1%}"),
-    Line("object right, first guess of the judge", "object_right", share, "{:.1%}"),
-    Line("object among its first five", "object_in_5", share, "{:.1%}"),
-    Line("all objects of a composition among its first two", "kinds_in_2", share, "{:.1%}"),
-    Line("all objects of a composition among its first five", "kinds_in_5", share, "{:.1%}"),
-    Line("colour right", "color_right", share, "{:.1%}"),
-    Line("object and colour right", "both_right", share, "{:.1%}"),
-    Line("fit of views and caption, cosine", "caption_fit"),
-    Line("object right on the mesh", "mesh_object_right", share, "{:.1%}"),
-    Line("object among the first five on the mesh", "mesh_object_in_5", share, "{:.1%}"),
-    Line("all objects of a composition among the first five on the mesh", "mesh_kinds_in_5", share, "{:.1%}"),
-    Line("object and colour right on the mesh", "mesh_both_right", share, "{:.1%}"),
-    Line("fit of mesh and caption, cosine", "mesh_caption_fit"),
-    Line("CLIP score", "clip", form="{:.1f}"),
-    Line("Janus rings", "janus", share, "{:.1%}"),
-    Line("distance to the nearest training asset", "nearest"),
-    Line("seconds from prompt to views", "seconds", form="{:.1f}"),
-    Line("seconds from views to mesh", "reconstruct_seconds", form="{:.2f}"),
-)
-
-
-def summarise(scores: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
-    """Column => name of the figure => median or share, and "<name>/count": how many rings it was asked of."""
-    out: dict[str, dict[str, float]] = {}
-    for column, rows in scores.items():
-        out[column] = {}
-        for line in LINES:
-            values = [row[line.figure] for row in rows if line.figure in row]
-            if values:
-                out[column] |= {line.figure: line.of(values), f"{line.figure}/count": len(values)}
-    return out
-
-
-def markdown(summary: dict[str, dict[str, float]], stages: dict[str, float]) -> str:
-    """The table as Markdown; `stages` (name => median seconds a prompt) follow as a second one."""
-    columns = list(summary)
-    lines = ["| median, or share of the rings | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for line in LINES:
-        if any(line.figure in summary[c] for c in columns):
-            cells = [line.form.format(summary[c][line.figure]) if line.figure in summary[c] else "" for c in columns]
-            lines.append(f"| {line.label} | " + " | ".join(cells) + " |")
-    if stages:
-        lines += ["", "| stage of drawing | seconds a prompt, median |", "|---|---|",
-                  *(f"| {name} | {seconds:.2f} |" for name, seconds in stages.items())]
-    return "\n".join(lines) + "\n"
 
 
 def spread(rings: list[Ring], limit: int | None) -> list[Ring]:

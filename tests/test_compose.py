@@ -16,7 +16,7 @@ from coser.data.placing import box_of, height_fields
 from coser.data.recolor import recolor_rings
 from coser.data.render import load_ring, render_assets
 from coser.data.scene_words import CARRIERS, INVERSE, PORTABLE, RELATIONS, SIZES, Part, part_of, plural, scene_captions
-from coser.evaluate_table import QUESTIONS, load_questions
+from coser.questions import QUESTIONS, load_questions
 from coser.judge_figures import small_rings
 from coser.rasterizer import render
 from coser.vocabulary import learn_vocabulary, read_index

@@ -14,11 +14,12 @@ from coser.cameras import Cameras
 from coser.data.dataset import Ring, list_rings
 from coser.data.render import save_ring
 from coser.evaluate_prompts import LABEL_HEIGHT, SHEET_TILE, SHEET_VIEWS
-from coser.evaluate_table import (QUESTIONS, Column, Question, draw_questions, draw_rings, draw_sheet, geometry_figures,
-                                  judge_figures, load_questions, markdown, reference_embeddings, score_column, slug,
-                                  spread, summarise)
+from coser.evaluate_table import (Column, draw_rings, draw_sheet, geometry_figures, judge_figures, reference_embeddings,
+                                  score_column, spread)
 from coser.judge import ViewJudge
 from coser.metrics import silhouette_iou
+from coser.quality_table import markdown, summarise
+from coser.questions import QUESTIONS, Question, draw_questions, load_questions, slug
 from tests.drawn_pipeline import NOTHING, box_views
 from tests.tiny import tiny_pipeline
 

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from coser.data.assets import Asset, in_unit_sphere, list_assets, load_mesh
 from coser.data.placing import beside, box_of, on_floor, resting_places
-from coser.data.recolor import QUESTIONS
 from coser.data.scene_words import PORTABLE, SIDES, Part, part_of, scene_captions, scene_object
+from coser.questions import QUESTIONS
 
 SHARES = {"on": 0.42, "beside": 0.16, "left of": 0.1, "right of": 0.1, "in front of": 0.05, "behind": 0.05, "and": 0.12}
 # Sizes are pulled together, so that an apple on a table is still seen: ratio ** COMPRESSION, SMALLEST at least.

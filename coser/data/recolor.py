@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coser.data.dataset import Ring, list_rings
+from coser.questions import QUESTIONS
 
 # Hue (degrees) that each word names, and where it ends: both sides of a peak are looked for within it.
 HUES = {"red": (340, 16), "orange": (14, 42), "brown": (8, 46), "gold": (34, 58), "yellow": (40, 70),
@@ -33,7 +34,6 @@ OTHER_COLOR_WORDS = re.compile(
     r"\b(\w+ish|crimson|scarlet|maroon|ruby|amber|golden|lemon|lime|olive|emerald|mint|jade|turquoise|aqua|cyan|navy"
     r"|azure|indigo|violet|lilac|lavender|magenta|rose|salmon|coral|peach|wood|wooden|timber|oak|copper|bronze|rust"
     r"|rusty|tan|beige|cream|sandy|terracotta|chestnut|leather|autumn|brick|clay)\b")
-QUESTIONS = Path(__file__).parent / "questions.json"
 HALF_WIDTH, FALL_OFF = 20.0, 12.0  # degrees of hue on each side of the peak: repainted whole, and fading
 MIN_SATURATION = 0.15  # below it a pixel is grey, black or white and stays
 MIN_SHARE = 0.25  # of the object's pixels that must change, else the new word would be untrue

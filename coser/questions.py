@@ -1,0 +1,68 @@
+"""What a model is asked to draw where its drawings are judged: prompts drawn by lot, and lists of a file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from coser.data.dataset import Ring
+
+QUESTIONS = Path(__file__).parent / "data" / "questions.json"
+MIN_KIND_COUNT = 3  # a kind with fewer assets is a word that a model has hardly met
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and what its picture must show: the kind of object and the main colour.
+
+    Or, of a composition, all of several `kinds`; it has no main colour, "".
+    """
+
+    prompt: str
+    object: str
+    color: str = ""
+    kinds: tuple[str, ...] = ()
+
+
+def draw_questions(rings: list[Ring], count: int, seed: int = 0) -> list[Question]:
+    """Different prompts "a <colour> <kind>" from the captions' vocabulary.
+
+    Kinds with at least MIN_KIND_COUNT assets, no plurals, drawn by the square root of their number; the colour is the
+    main one of an asset of that kind. Raises ValueError where the rings do not hold so many different pairs.
+    """
+    assets = {r.asset_id: r for r in rings if r.colors and "~" not in r.asset_id}
+    counts = Counter(r.kind for r in assets.values())
+    kinds = sorted(k for k, n in counts.items() if n >= MIN_KIND_COUNT and not re.search(r"[^su]s$", k))
+    pairs = {k: sorted((a, r.colors[0]) for a, r in assets.items() if r.kind == k) for k in kinds}
+    possible = sum(len({color for _, color in pairs[k]}) for k in kinds)
+    if possible < count:
+        raise ValueError(f"count must be at most {possible}, the pairs of colour and kind in these rings, got {count}")
+    draw = np.random.default_rng(seed)
+    chance = np.array([counts[k] ** 0.5 for k in kinds])
+    found: dict[str, Question] = {}
+    while len(found) < count:
+        kind = kinds[draw.choice(len(kinds), p=chance / chance.sum())]
+        color = pairs[kind][draw.integers(len(pairs[kind]))][1]
+        prompt = f"{'an' if color[0] in 'aeiou' else 'a'} {color} {kind}"
+        found.setdefault(prompt, Question(prompt, kind, color))
+    return list(found.values())
+
+
+def load_questions(path: Path, name: str) -> list[Question]:
+    """One list of a questions file. Raises ValueError naming the lists there are."""
+    lists = json.loads(path.read_text("utf-8"))["lists"]
+    if name not in lists:
+        raise ValueError(f"questions must be one of {', '.join(lists)}, got {name!r}")
+    known = {field.name for field in fields(Question)}
+    return [Question(**{k: tuple(v) if k == "kinds" else v for k, v in entry.items() if k in known})
+            for entry in lists[name]]
+
+
+def slug(prompt: str) -> str:
+    """A prompt as a file name."""
+    return re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")
