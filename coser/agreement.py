@@ -197,7 +197,8 @@ def neighbour_color_psnr(views: ViewSet, truth: ViewSet, cameras: Cameras, toler
 
     Every pixel of the true surface is carried into the next view by its true depth, and counts where that one truly
     sees it (within `tolerance`, world units); pixels that the background shares in do not. Needs no mesh of the views,
-    so it also measures views that are far from finished. Raises ValueError for fewer than 2 views, and where no place is seen twice.
+    so it also measures views that are far from finished. Raises ValueError for fewer than 2 views, and where no place
+    is seen twice.
     """
     _check_ring(views, cameras, 2, "compare neighbours")
     points, shown = surface_points(truth, cameras)

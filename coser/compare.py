@@ -172,7 +172,8 @@ def table(rows: list[dict], variants: list[Variant]) -> str:
             cells.append(cell([r[key] for r in own], 2 if key.startswith(("psnr", "neighbours")) else 4))
         lines.append(f"| {variant.name} | {len(own)} | {own[0]['parameters'] / 1e6:.1f} | "
                      f"{statistics.mean(r['steps'] for r in own):.0f} | "
-                     f"{statistics.mean(r['seconds'] for r in own) / 60:.1f} | {own[0]['mebibytes']:.0f} | " + " | ".join(cells) + " |")
+                     f"{statistics.mean(r['seconds'] for r in own) / 60:.1f} | {own[0]['mebibytes']:.0f} | "
+                     + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coser.data.dataset import Ring, list_rings
-from coser.questions import QUESTIONS
+from coser.questions import QUESTIONS, load_questions
 
 # Hue (degrees) that each word names, and where it ends: both sides of a peak are looked for within it.
 HUES = {"red": (340, 16), "orange": (14, 42), "brown": (8, 46), "gold": (34, 58), "yellow": (40, 70),
@@ -143,8 +143,7 @@ def native_pairs(rings: list[Ring]) -> set[tuple[str, str]]:
 
 def held_out_pairs() -> set[tuple[str, str]]:
     """(colour, kind) that are in no training: evaluation asks for them."""
-    lists = json.loads(QUESTIONS.read_text("utf-8"))["lists"]
-    return {(question["color"], question["object"]) for question in lists["held_out_pairs"]}
+    return {(question.color, question.object) for question in load_questions(QUESTIONS, "held_out_pairs")}
 
 
 def _paintable(ring: Ring) -> bool:
