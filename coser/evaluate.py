@@ -15,11 +15,15 @@ import torch
 from coser import evaluate_mixers, evaluate_prompts, evaluate_surface, evaluate_table
 from coser.agreement import cross_render_psnr
 from coser.cameras import ELEVATION, Cameras
+from coser.caption_states import captions_of, encode_captions
 from coser.data.assets import Asset, list_assets, load_mesh
 from coser.data.dataset import held_out_views, list_rings
 from coser.devices import add_dtype_option, dtype_asked_for
+from coser.held_out_loss import held_out_losses
+from coser.latents import encode_rings
 from coser.metrics import psnr, render_mesh, silhouette_iou, ssim
 from coser.models.autoencoder import ViewAutoencoder
+from coser.pipeline import CoSERPipeline
 from coser.rasterizer import render
 from coser.reconstruction import reconstruct
 from coser.train_autoencoder import autoencoder_figures, reconstruct_views
@@ -99,6 +103,16 @@ def _autoencoder(arguments: argparse.Namespace) -> None:
     print(f"{len(views)} views:", ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
 
 
+def _loss(arguments: argparse.Namespace) -> None:
+    pipeline = CoSERPipeline.from_pretrained(arguments.checkpoint).to(dtype_asked_for(arguments))
+    pipeline.unet.eval()
+    rings, cache = list_rings(arguments.renders, arguments.limit), arguments.renders / "latents"
+    latents, elevations = encode_rings(pipeline.vae, arguments.checkpoint / "vae", rings, cache)
+    texts = encode_captions(pipeline, captions_of(rings), cache)
+    figures = held_out_losses(pipeline.unet, rings, latents, elevations, texts)
+    print(f"{len(rings)} rings:", ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line: one verb a thing to measure."""
     top = argparse.ArgumentParser(prog="python -m coser.evaluate", description=__doc__)
@@ -121,6 +135,12 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--per-ring", type=int, default=2, help="views of each ring, spread evenly")
     add_dtype_option(verb)
     verb.set_defaults(run=_autoencoder)
+    verb = verbs.add_parser("loss", help="the flow's loss on held-out rings, at several levels of noise")
+    verb.add_argument("--renders", type=Path, required=True, help="folder written by coser.data.render")
+    verb.add_argument("--checkpoint", type=Path, default=evaluate_prompts.SMALL, help="pipeline folder")
+    verb.add_argument("--limit", type=int, help="the first so many rings")
+    add_dtype_option(verb)
+    verb.set_defaults(run=_loss)
     verb = verbs.add_parser(evaluate_prompts.VERB, help="prompts => views => mesh, and a contact sheet")
     evaluate_prompts.add_options(verb)
     verb.set_defaults(run=evaluate_prompts.run)

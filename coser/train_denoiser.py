@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from coser.auxiliary_losses import Overheard, depths_of, dispersive_loss
-from coser.cameras import Cameras
 from coser.caption_states import CaptionStates, captions_of, encode_captions
 from coser.data.dataset import LatentRings, Prefetched, Ring, RingBatch, list_rings, step_generator
 from coser.flow import LEVELS, TRAINING_SHIFT, WEIGHTINGS, flow_loss, level_weights, noise_levels, small_scheduler
+from coser.held_out_loss import held_out_losses
 from coser.latents import encode_rings, encoded_rings, latent_size
 from coser.models.autoencoder import ViewAutoencoder
 from coser.models.block import NEEDS_WEIGHTS, MultiviewTransformerBlock
@@ -237,17 +237,7 @@ def run(options: argparse.Namespace, loop: Options) -> None:
     @torch.no_grad()
     def evaluate(step: int, log: Log) -> None:
         unet.eval()
-        figures: dict[str, list[float]] = {}
-        for i, (ring, clean, elevation) in enumerate(zip(held_out, data.held_latents, data.held_elevations)):
-            num_views = (4, 6, 12)[i % 3] if len(clean) % 12 == 0 else len(clean)
-            clean = clean[::len(clean) // num_views][None].float()
-            batch = RingBatch(clean, Cameras.orbit(num_views, elevation), [ring.captions[0]])
-            embeds = texts.batch(batch.captions, unet.device, unet.dtype)
-            for level in (0.3, 0.6, 0.85, 0.97, 0.995):
-                loss = flow_loss(unet, batch, embeds, step_generator(7, i), levels=torch.tensor([level]))
-                figures.setdefault(f"loss_{level}", []).append(float(loss))
-        means = {k: float(np.mean(v)) for k, v in figures.items()}
-        log(step=step, held_out=True, loss=float(np.mean(list(means.values()))), **means)
+        log(step=step, held_out=True, **held_out_losses(unet, held_out, data.held_latents, data.held_elevations, texts))
         rows = []
         for prompt in SAMPLE_PROMPTS if options.samples else ():
             generator = torch.Generator().manual_seed(0)

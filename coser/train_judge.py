@@ -24,6 +24,7 @@ from torch import Tensor
 
 from coser.data.assets import with_article
 from coser.data.dataset import CHANNEL_ORDERS, Prefetched, Ring, list_rings, step_generator
+from coser.devices import choose_dtype
 from coser.judge import SECTORS, ViewJudge, azimuth_to_sector, sentence_states
 from coser.judge_figures import (SmallRing, fit_janus_rule, fronted, fronted_kinds, is_repainted, janus_figures,
                                  judge_rings, shape_of, side_figures, small_rings, word_figures)
@@ -178,12 +179,14 @@ def resampling(size: int, scale: Tensor, shift: Tensor, sigma: Tensor) -> Tensor
 def resample(pictures: Tensor, down: Tensor, across: Tensor) -> Tensor:
     """Pictures [B,C,S,S] moved by the matrices [B,S,S] of `resampling`, its columns and its rows.
 
-    In bfloat16, as the model will see them: where matrices are quick at all in it, it takes a thirtieth of float32.
+    In the dtype that is quick there: 64 pictures take a thirtieth of float32's time in bfloat16 on a core with AMX, and
+    67 times float32's on one without.
     """
     b, c, size, _ = pictures.shape
-    columns = pictures.bfloat16().permute(0, 2, 1, 3).reshape(b, size, c * size)
-    rows = torch.bmm(down.bfloat16(), columns).view(b, size * c, size)
-    moved = torch.bmm(rows, across.bfloat16().transpose(1, 2)).view(b, size, c, size)
+    dtype, _ = choose_dtype(pictures.device)
+    columns = pictures.to(dtype).permute(0, 2, 1, 3).reshape(b, size, c * size)
+    rows = torch.bmm(down.to(dtype), columns).view(b, size * c, size)
+    moved = torch.bmm(rows, across.to(dtype).transpose(1, 2)).view(b, size, c, size)
     return moved.permute(0, 2, 1, 3).float().contiguous()
 
 
