@@ -1,13 +1,16 @@
 """Finishing: options do what they say, the surface is used again, and what is kept comes back."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from drawn_pipeline import box_views
 
+from coser import reconstruction
 from coser.cameras import Cameras
 from coser.finishing import finish_asset, load_finished, save_finished
-from coser.reconstruction import find_surface
+from coser.reconstruction import find_surface, finish
 from coser.request import AssetOptions
 
 RING = Cameras.orbit(6)
@@ -37,6 +40,16 @@ def test_other_options_are_made_from_the_same_surface(surface):
     assert other.mesh.texture is None and other.mesh.vertex_colors is not None
     low, high = other.mesh.vertices.min(0), other.mesh.vertices.max(0)
     assert np.allclose(low + high, 0, atol=1e-5) and (high - low).max() == pytest.approx(0.3, abs=1e-5)
+
+
+def test_the_triangles_that_the_fit_was_checked_with_are_not_made_again(monkeypatch):
+    monkeypatch.setattr(reconstruction, "CHECKED_FACES", 600)
+    surface = find_surface(box_views("a red box", RING), RING, resolution=48)
+    expected = finish(replace(surface, checked=None), max_faces=600, texture_size=None)
+    monkeypatch.setattr(reconstruction, "simplify", None)  # whoever calls it now fails
+    mesh = finish(surface, max_faces=600, texture_size=None)
+    assert 100 < len(mesh.faces) <= 600 < len(surface.mesh.faces)
+    assert np.array_equal(mesh.vertices, expected.vertices) and np.array_equal(mesh.faces, expected.faces)
 
 
 def test_scale_and_offset_lead_from_the_cameras_world_to_the_assets(finished):

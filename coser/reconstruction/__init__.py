@@ -24,11 +24,11 @@ from coser.views import ViewSet
 __all__ = ["QUICK", "Mesh", "Surface", "SurfaceStep", "find_surface", "finish", "reconstruct", "save_glb",
            "stream_surface"]
 
-QUICK = {"max_faces": 20_000, "texture_size": None}  # options where a mesh is only looked at, never handed out
 SPECK = 4.0  # voxels; parts that span less are noise
 # Mean IoU of a mesh with the views it was made of. Views of a real object give .97 and more.
 CONTRADICTION = 0.93
 CHECKED_FACES = 20_000
+QUICK = {"max_faces": CHECKED_FACES, "texture_size": None}  # where a mesh is only looked at, never handed out
 TOLERANCE = 1.5  # voxels; how far a view's depth usually lies from the surface
 
 
@@ -37,13 +37,14 @@ class Surface:
     """The closed surface that views show, before anything is decided about triangles and colours.
 
     mesh: dense, without colours. voxel: the side (world units) of the grid that it comes from. views, cameras: those
-    that it was made of and is coloured from.
+    that it was made of and is coloured from. checked: the mesh at CHECKED_FACES triangles, where it was needed before.
     """
 
     mesh: Mesh
     voxel: float
     views: ViewSet
     cameras: Cameras
+    checked: Mesh | None = None
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,14 @@ def stream_surface(views: ViewSet, cameras: Cameras, resolution: int = 128) -> I
                           Surface(mesh, voxel, _with_depths(views, cameras, mesh), cameras))
         return
     yield SurfaceStep(0, 1, "Fusing the views")
-    mesh, voxel = _carved_or_agreed(views, cameras, resolution)
-    yield SurfaceStep(1, 1, "Surface found", Surface(mesh, voxel, views, cameras))
+    yield SurfaceStep(1, 1, "Surface found", _carved_or_agreed(views, cameras, resolution))
 
 
 def finish(surface: Surface, *, max_faces: int = 10_000, texture_size: int | None = 1024) -> Mesh:
     """Surface => mesh with at most `max_faces` triangles (more only where keeping the budget would tear it), normals,
     uvs and a texture of `texture_size` pixels a side; without one (None) in vertex colours alone, which is quicker."""
-    mesh = with_normals(without_slivers(simplify(surface.mesh, max_faces)))
+    known = surface.checked if max_faces == CHECKED_FACES else None
+    mesh = with_normals(without_slivers(known or simplify(surface.mesh, max_faces)))
     tolerance = TOLERANCE * surface.voxel
     if texture_size is None:
         return replace(mesh, vertex_colors=color_vertices(mesh, surface.views, surface.cameras, tolerance))
@@ -125,8 +126,7 @@ def _with_depths(views: ViewSet, cameras: Cameras, mesh: Mesh) -> ViewSet:
     return replace(views, depths=rasterize(vertices, faces, cameras, views.views.shape[-1]).depths[:, None])
 
 
-def _carved_or_agreed(views: ViewSet, cameras: Cameras, resolution: int) -> tuple[Mesh, float]:
-    """The dense tidy mesh, and the voxel's side of the grid it comes from."""
+def _carved_or_agreed(views: ViewSet, cameras: Cameras, resolution: int) -> Surface:
     best, error = None, None
     for method, side in ((fuse, resolution), (fuse_consensus, max(8, resolution // 2))):  # the second is smooth
         try:
@@ -138,9 +138,9 @@ def _carved_or_agreed(views: ViewSet, cameras: Cameras, resolution: int) -> tupl
         checked = simplify(mesh, CHECKED_FACES)
         fit = float(silhouette_likeness(checked.vertices, checked.faces, views.masks, cameras).mean())
         if best is None or fit > best[0]:
-            best = fit, mesh, voxel
+            best = fit, Surface(mesh, voxel, views, cameras, checked)
         if best[0] >= CONTRADICTION:
             break
     if best is None:
         raise error
-    return best[1:]
+    return best[1]
