@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,15 +19,10 @@ from coser.metrics import psnr, render_mesh, silhouette_iou, ssim
 from coser.reconstruction import QUICK, Mesh, reconstruct
 from coser.reconstruction.maps import pixel_size, surface_points
 from coser.surface_metrics import sample_surface, surface_distances
-from coser.views import ViewSet, views_to_uint8
+from coser.views import ViewSet
 
 HULL_RADIUS = 1.3  # of the sphere in which hulls are looked for; objects lie in the unit sphere, hulls are larger
 COARSE, FINE = 32, 10  # depths a ray, and depths a coarse one where it may touch the hull
-# SIFT about as Yu et al. run it (COLMAP, edge threshold 30, ratio 0.8, matches that hold both ways), for pictures with
-# few corners. At their own size 36 % of the pairs of 12 rings of true low-poly renders had fewer than 10 matches,
-# enlarged by 1.5 it is 13 %. The share of consistent pairs is about the same up to 5 pixels: enlarging makes a ring's
-# figure depend less on how many corners it has, it does not tell true rings from shuffled ones any better.
-RATIO, EDGE, CONTRAST, ENLARGED = 0.8, 30.0, 0.01, 1.5
 
 
 @dataclass(frozen=True)
@@ -38,18 +32,6 @@ class CrossRender:
 
     psnr: Tensor
     chamfer: float
-
-
-@dataclass(frozen=True)
-class Tsed:
-    """Thresholded symmetric epipolar distance: consistent [T], the share of the pairs of neighbours that are consistent
-    at each of the thresholds (pixels); matches, their mean number a pair; too_few, the share of pairs with fewer than
-    the least number of matches."""
-
-    thresholds: tuple[float, ...]
-    consistent: Tensor
-    matches: float
-    too_few: float
 
 
 def cross_render(views: ViewSet, cameras: Cameras, **options) -> CrossRender:
@@ -75,7 +57,7 @@ def held_out_rerender(views: ViewSet, cameras: Cameras, every: int = 4, **option
     `options` go to `reconstruct`. Raises ValueError for fewer than 2 views, for `every` below 2, and where the other
     views show no surface.
     """
-    _check_ring(views, cameras, 2, "hold one out")
+    check_ring(views, cameras, 2, "hold one out")
     if every < 2:
         raise ValueError(f"every must be at least 2 to leave views to reconstruct from, got {every}")
     held = torch.arange(len(views)) % every == 1
@@ -105,7 +87,7 @@ def leave_one_out_hull_iou(views: ViewSet, cameras: Cameras, resolution: int = 9
     object, the more so the fewer views there are. Raises ValueError for fewer than 2 views, and where none shows
     anything.
     """
-    _check_ring(views, cameras, 2, "leave one out")
+    check_ring(views, cameras, 2, "leave one out")
     masks, cameras = views.masks.float().cpu(), cameras.to("cpu")
     if not (masks >= 0.5).any():
         raise ValueError("views show nothing: no pixel has a mask of at least 0.5")
@@ -122,53 +104,6 @@ def leave_one_out_hull_iou(views: ViewSet, cameras: Cameras, resolution: int = 9
     return silhouette_iou(covered.reshape(shape).float(), own.reshape(shape).float())
 
 
-def tsed(views: ViewSet, cameras: Cameras, thresholds: tuple[float, ...] = (.5, 1, 1.5, 2, 3, 4, 5, 7, 10),
-         min_matches: int = 10) -> Tsed:
-    """Thresholded symmetric epipolar distance of neighbours (Yu et al. 2023, arXiv 2304.10700, section 4).
-
-    A pair of neighbours is consistent at a threshold (pixels of the views) where at least min_matches SIFT points match
-    and the median of their distances to each other's epipolar lines, known from the cameras, lies below it. Matches
-    along an epipolar line are not told from true ones, and a ring's lines are nearly level: what lies at the right
-    height in the wrong view passes. Raises ValueError for fewer than 2 views, ImportError without OpenCV.
-    """
-    _check_ring(views, cameras, 2, "compare neighbours")
-    features = _sift_features(views_to_uint8(views))
-    order = torch.arange(len(views)).roll(-1)
-    matrices = fundamental_matrices(cameras, cameras[order], views.views.shape[-1]).cpu().numpy()
-    medians, counts = [], []
-    for i, matrix in enumerate(matrices):
-        here, there = _matched(features[i], features[order[i]])
-        counts.append(len(here))
-        enough = len(here) >= max(min_matches, 1)
-        medians.append(np.median(epipolar_distances(here, there, matrix)) if enough else np.inf)
-    consistent = (torch.tensor(medians)[:, None] < torch.tensor(thresholds)).double().mean(0)
-    return Tsed(tuple(thresholds), consistent, float(np.mean(counts)), float((np.array(counts) < min_matches).mean()))
-
-
-def fundamental_matrices(cameras: Cameras, others: Cameras, size: int) -> Tensor:
-    """F [N,3,3] float64 of N pairs of cameras: x' F x = 0 where both see one point at pixels x = (uv * size, 1).
-
-    F x is the epipolar line in the other picture of pixel x. Raises ValueError for orthographic cameras.
-    """
-    if cameras.orthographic or others.orthographic:
-        raise ValueError("cameras must be perspective to have epipolar lines through a centre, got orthographic ones")
-    (first, from_first), (second, from_second) = ((c.centers.double(), _pixel_rays(c, size)) for c in (cameras, others))
-    x, y, z = (first - second).unbind(-1)
-    zero = torch.zeros_like(x)
-    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).view(-1, 3, 3)
-    # both rays and the line between the centres lie in one plane
-    return from_second.transpose(1, 2) @ cross @ from_first
-
-
-def epipolar_distances(points: np.ndarray, others: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Symmetric epipolar distances [M] of matches, pixels [M,2] each: the mean of both distances from the lines."""
-    points, others = (np.concatenate([p, np.ones((len(p), 1))], 1) for p in (points, others))
-    lines, other_lines = others @ matrix, points @ matrix.T
-    off = np.abs((lines * points).sum(1))
-    lengths = [np.linalg.norm(line[:, :2], axis=1).clip(1e-12) for line in (lines, other_lines)]
-    return (off / lengths[0] + off / lengths[1]) / 2
-
-
 def neighbour_depth_agreement(views: ViewSet, cameras: Cameras, tolerance: float = 0.02) -> Tensor:
     """The share [N] of what view i and its neighbour i + 1 show that the other of the two does not contradict.
 
@@ -177,7 +112,7 @@ def neighbour_depth_agreement(views: ViewSet, cameras: Cameras, tolerance: float
     The nearest of the four pixels around the landing point counts; what lands outside the picture does not. 0 where a
     pair shows nothing. Raises ValueError for fewer than 2 views, and for views without depth.
     """
-    _check_ring(views, cameras, 2, "compare neighbours")
+    check_ring(views, cameras, 2, "compare neighbours")
     views, cameras = views.to("cpu", torch.float32), cameras.to("cpu")
     points, shown = surface_points(views, cameras)
     if not shown.any():
@@ -200,7 +135,7 @@ def neighbour_color_psnr(views: ViewSet, truth: ViewSet, cameras: Cameras, toler
     so it also measures views that are far from finished. Raises ValueError for fewer than 2 views, and where no place
     is seen twice.
     """
-    _check_ring(views, cameras, 2, "compare neighbours")
+    check_ring(views, cameras, 2, "compare neighbours")
     points, shown = surface_points(truth, cameras)
     pictures, squares = views.on_background().float(), []
     size = pictures.shape[-1]
@@ -237,7 +172,8 @@ def shuffled_ring(views: ViewSet, seed: int = 0) -> ViewSet:
             return views[order.to(views.views.device)]
 
 
-def _check_ring(views: ViewSet, cameras: Cameras, least: int, purpose: str) -> None:
+def check_ring(views: ViewSet, cameras: Cameras, least: int, purpose: str) -> None:
+    """Raises ValueError where there are fewer than `least` views, or cameras for other than these."""
     if len(views) != len(cameras):
         raise ValueError(f"cameras must be as many as the views ({len(views)}), got {len(cameras)}")
     if len(views) < least:
@@ -245,7 +181,7 @@ def _check_ring(views: ViewSet, cameras: Cameras, least: int, purpose: str) -> N
 
 
 def _half_mesh(views: ViewSet, cameras: Cameras, first: int, options: dict) -> Mesh:
-    _check_ring(views, cameras, 4, "set odd against even ones")
+    check_ring(views, cameras, 4, "set odd against even ones")
     half = slice(first, None, 2)
     return reconstruct(views[half], cameras[half], **(QUICK | options))
 
@@ -293,52 +229,6 @@ def _hull_covers(view: int, uv: Tensor, masks: Tensor, nearby: Tensor, cameras: 
     rays, depths = rays[open_].repeat_interleave(FINE), (depths[open_, None] + between).reshape(-1)
     covered[kept(rays, depths, lies_inside)[0]] = True
     return covered
-
-
-def _pixel_rays(cameras: Cameras, size: int) -> Tensor:
-    """Pixels (uv * size, 1) => directions in the world, up to their length: [N,3,3] float64."""
-    pixel = 2 / (size * cameras.focal)
-    to_camera = torch.tensor([[pixel, 0, -1 / cameras.focal], [0, -pixel, 1 / cameras.focal], [0, 0, -1]],
-                             dtype=torch.float64, device=cameras.device)
-    return cameras.rotations.double().transpose(1, 2) @ to_camera
-
-
-def _sift_features(pictures: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """uint8 pictures [N,S,S,3] => of each, points [K,2] in pixels (uv * S) and RootSIFT descriptors [K,128]."""
-    try:
-        import cv2
-    except ImportError as missing:
-        raise ImportError("tsed needs OpenCV: pip install opencv-python-headless") from missing
-    sift = cv2.SIFT_create(contrastThreshold=CONTRAST, edgeThreshold=EDGE, enable_precise_upscale=True)
-    features = []
-    for picture in pictures:
-        grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
-        large = cv2.resize(grey, None, fx=ENLARGED, fy=ENLARGED, interpolation=cv2.INTER_CUBIC)
-        points, descriptors = sift.detectAndCompute(large, None)
-        # OpenCV's first pixel has its centre at 0
-        points = (np.array([p.pt for p in points]).reshape(-1, 2) + 0.5) * (len(grey) / len(large))
-        descriptors = np.zeros((0, 128), np.float32) if descriptors is None else descriptors
-        features.append((points, np.sqrt(descriptors / descriptors.sum(1, keepdims=True).clip(1e-12))))
-    return features
-
-
-def _matched(first: tuple[np.ndarray, np.ndarray],
-             second: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Points [M,2] of both pictures whose descriptors are each other's nearest, far nearer than the second nearest."""
-    if min(len(first[0]), len(second[0])) < 2:
-        return np.zeros((0, 2)), np.zeros((0, 2))
-    likeness = first[1] @ second[1].T  # of descriptors of length 1
-    there, back = _unambiguous(likeness), _unambiguous(likeness.T)
-    here = np.flatnonzero((there >= 0) & (back[there] == np.arange(len(there))))
-    return first[0][here], second[0][there[here]]
-
-
-def _unambiguous(likeness: np.ndarray) -> np.ndarray:
-    """The best column of each row [R]; -1 where the second best is less than 1 / RATIO times as far."""
-    best = likeness.argmax(1)
-    top = -np.partition(-likeness, 1, axis=1)[:, :2]
-    near, second = np.sqrt(np.maximum(2 - 2 * top, 0)).T
-    return np.where(near < RATIO * second, best, -1)
 
 
 def _uncontradicted(points: Tensor, nearest: Tensor, camera: Cameras, tolerance: float) -> Tensor:

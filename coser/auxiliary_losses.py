@@ -80,8 +80,8 @@ def correspondence_loss(attention: TrajectoryAttention, tokens: Tensor, num_view
 
 
 def dispersive_loss(features: Tensor, num_views: int) -> Tensor:
-    """log of the mean of exp(-|z_i - z_j|^2 / (D tau)) over all i and j (Wang and He 2025, "Diffuse and Disperse", arXiv
-    2506.09027, equation 6).
+    """log of the mean of exp(-|z_i - z_j|^2 / (D tau)) over all i and j (Wang and He 2025, "Diffuse and Disperse",
+    arXiv 2506.09027, equation 6).
 
     features [B*N,...]; views of one ring are no pairs: they shall resemble each other. Each with itself is one, as in
     the authors' own code: without these, whose distance is 0, the loss has no lower bound, and features grow for ever.

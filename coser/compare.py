@@ -82,8 +82,8 @@ def estimates(pipeline: CoSERPipeline, renders: Path,
 def estimate_figures(pipeline: CoSERPipeline, renders: Path) -> dict[str, float]:
     """How close decoded one-step estimates come to held-out views, at LEVELS of noise: comparable between autoencoders.
 
-    RGB PSNR over the object (dB) and silhouette IoU, means over views, and how alike neighbours paint the same places of
-    the true surface (dB).
+    RGB PSNR over the object (dB) and silhouette IoU, means over views, and how alike neighbours paint the same places
+    of the true surface (dB).
     """
     figures: dict[str, list[float]] = {}
     for level, estimate, views, cameras in estimates(pipeline, renders):
@@ -113,8 +113,8 @@ def sheet(variants: list[Variant], options: argparse.Namespace, seed: int, ring:
 def mebibytes_kept(pipeline: CoSERPipeline, num_views: int = 12) -> float:
     """What one ring keeps for the backward pass, MiB."""
     unet = pipeline.unet
-    batch = RingBatch(torch.zeros(1, num_views, unet.config.unet["in_channels"], *[unet.config.unet["sample_size"]] * 2),
-                      Cameras.orbit(num_views), [""])
+    channels, size = (unet.config.unet[name] for name in ("in_channels", "sample_size"))
+    batch = RingBatch(torch.zeros(1, num_views, channels, size, size), Cameras.orbit(num_views), [""])
     embeds = pipeline.encode_prompt(batch.captions)
     return bytes_kept(lambda: flow_loss(unet, batch, embeds, step_generator(0, 0))) / 2**20
 

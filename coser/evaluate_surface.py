@@ -161,8 +161,8 @@ def evaluate_surface(assets: list[Asset], num_views: list[int], methods: list[st
                      size: int = 256, device: torch.device | str = "cpu") -> list[dict]:
     """Measures every asset, number of views and method that `out`/rows.jsonl lacks, and returns all its rows.
 
-    device: of our own methods; the baselines' libraries work on the CPU. A method that finds no surface, or whose library
-    is missing, leaves a row with the reason in "error".
+    device: of our own methods; the baselines' libraries work on the CPU. A method that finds no surface, or whose
+    library is missing, leaves a row with the reason in "error".
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "rows.jsonl"
@@ -223,8 +223,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-views", type=int, nargs="+", default=[12])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--size", type=int, default=256, help="pixels a side of the views")
-    parser.add_argument("--device", default="cpu", help="of our own methods (default: %(default)s); cuda wants an --out "
-                        "of its own")
+    parser.add_argument("--device", default="cpu", help="of our own methods (default: %(default)s); cuda wants an "
+                        "--out of its own")
     parser.add_argument("--out", type=Path, required=True, help="folder for rows and tables; rows that are there "
                         "already are not measured again")
 

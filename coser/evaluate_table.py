@@ -22,6 +22,7 @@ from coser.consistency import CONSISTENCY, fused_views
 from coser.data.dataset import Ring, list_rings
 from coser.data.render import load_ring, save_ring
 from coser.devices import add_dtype_option, dtype_asked_for
+from coser.epipolar import tsed
 from coser.evaluate_prompts import SMALL, contact_sheet, sheet_row
 from coser.judge import ViewJudge, is_janus, load_judge, nearest_distances, ring_embedding
 from coser.metrics import psnr, render_mesh, sharpness, silhouette_iou
@@ -77,7 +78,7 @@ def geometry_figures(views: ViewSet, cameras: Cameras) -> tuple[dict[str, float]
     seconds = time.perf_counter() - began
     seen = render_mesh(mesh, cameras, views.views.shape[-1])
     crossed = agreement.cross_render(views, cameras)
-    curve = agreement.tsed(views, cameras)
+    curve = tsed(views, cameras)
     held_out_psnr, held_out_ssim = agreement.held_out_rerender(views, cameras)
     figures = {
         "cross_psnr": float(crossed.psnr.median()), "cross_chamfer": crossed.chamfer,

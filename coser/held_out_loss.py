@@ -1,4 +1,4 @@
-"""The flow's loss on rings that no training saw, level by level: what decides between checkpoints of one autoencoder."""
+"""The flow's loss on rings that no training saw, level by level: it decides between checkpoints of one autoencoder."""
 
 from __future__ import annotations
 

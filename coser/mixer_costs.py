@@ -72,7 +72,8 @@ MODULES = {
     "trajectory (DR), 3x3": _trajectory(3),
     "trajectory (DR), 5x5": _trajectory(5),
     "spiral scan (RG)": _module(lambda c: RapidGlance(c, _whole_heads(c, 2 * HEAD_SIZE), HEAD_SIZE)),
-    "score attention (AIR), 2x2": _module(lambda c: ScoreAttention(c, _whole_heads(c / 2), HEAD_SIZE, TEXT_CHANNELS, 2)),
+    "score attention (AIR), 2x2": _module(
+        lambda c: ScoreAttention(c, _whole_heads(c / 2), HEAD_SIZE, TEXT_CHANNELS, 2)),
 }
 
 
@@ -82,7 +83,8 @@ def table(rings: list[int], size: int, channels: int) -> str:
              + " | ".join(f"{n} views" for n in rings) + " |", "|---" + "|--:" * len(rings) + "|"]
     for name in MODULES:
         costs = (gflop_per_view(name, n, size, channels) for n in rings)
-        lines.append(f"| {name} | " + " | ".join(f"{c:.{max(0, 2 - int(math.log10(max(c, 0.1))))}f}" for c in costs) + " |")
+        shown = (f"{c:.{max(0, 2 - int(math.log10(max(c, 0.1))))}f}" for c in costs)
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 

@@ -44,8 +44,8 @@ class Throughput:
     """What a training does in a second, told at every line of its log: the `meter` of `coser.train_loop.train_loop`.
 
     matmul: TFLOP/s of a plain product in the training's dtype on the machine, measured here where not given. A step is
-    `with meter.step():`, and inside it `meter.did(views, flop)`; `figures()` => views_per_second, tflops and mfu (share of
-    `matmul`) since the last time it was asked. Between steps (evaluating, saving) no time counts.
+    `with meter.step():`, and inside it `meter.did(views, flop)`; `figures()` => views_per_second, tflops and mfu (share
+    of `matmul`) since the last time it was asked. Between steps (evaluating, saving) no time counts.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.bfloat16, matmul: float | None = None):

@@ -84,8 +84,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--training-shift", type=float, default=TRAINING_SHIFT, help="of noise levels, towards noise")
     parser.add_argument("--drop-mixers", type=float, default=DROP_MIXER, metavar="SHARE", help="of the steps in which "
                         "each mixer is left out, so that switching one off when sampling stays meaningful")
-    parser.add_argument("--correspondence", type=float, default=0.0, metavar="WEIGHT", help="of the loss that tells the "
-                        "trajectory attention, from rendered depths, which tokens show the same place")
+    parser.add_argument("--correspondence", type=float, default=0.0, metavar="WEIGHT", help="of the loss that tells "
+                        "the trajectory attention, from rendered depths, which tokens show the same place")
     parser.add_argument("--dispersion", type=float, default=0.0, metavar="WEIGHT", help="of the loss that keeps the "
                         "middle block's features of different objects apart")
     parser.add_argument("--weighting", choices=WEIGHTINGS, default="flow", help="what a noise level counts: the same "

@@ -58,3 +58,20 @@ def table() -> tuple[Tensor, Tensor, Tensor]:
 
     legs = [box((x - .05, -.5, z - .05), (x + .05, .3, z + .05)) for x in (-.5, .5) for z in (-.4, .4)]
     return joined(box((-.6, .3, -.5), (.6, .4, .5)), *legs)
+
+
+def patchwork(cells: int = 12) -> tuple[Tensor, Tensor, Tensor]:
+    """A cube whose sides are cut into squares of random greys: corners to match wherever one looks."""
+    plain = cube(0.5)[0].view(6, 4, 3)
+    ticks = torch.linspace(0, 1, cells + 1)
+    v, u = (t.reshape(-1, 1) for t in torch.meshgrid(ticks[:-1], ticks[:-1], indexing="ij"))
+    step = 1 / cells
+    vertices = []
+    for origin, along, _, up in plain:
+        at = [origin + (u + du * step) * (along - origin) + (v + dv * step) * (up - origin)
+              for du, dv in ((0, 0), (1, 0), (1, 1), (0, 1))]
+        vertices.append(torch.stack(at, 1).reshape(-1, 3))
+    corner = torch.arange(6 * cells * cells)[:, None, None] * 4
+    faces = (corner + torch.tensor([[0, 1, 2], [0, 2, 3]])).reshape(-1, 3)
+    greys = torch.rand(6 * cells * cells, generator=torch.Generator().manual_seed(0))
+    return torch.cat(vertices), faces, greys.repeat_interleave(2)[:, None, None].expand(-1, 3, 3)

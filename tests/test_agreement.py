@@ -1,18 +1,16 @@
 """Agreement of rings with themselves: known answers, and views that contradict the others."""
 
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from solids import cube, joined, sphere
+from solids import cube, joined, patchwork, sphere
 from torch import Tensor
 
-from coser.agreement import (chamfer_distance, cross_render, cross_render_psnr, epipolar_distances,
-                             fundamental_matrices, held_out_rerender, leave_one_out_hull_iou,
-                             neighbour_color_psnr, neighbour_depth_agreement, sample_surface, shuffled_ring,
-                             tsed)
+from coser.agreement import (chamfer_distance, cross_render, cross_render_psnr, held_out_rerender,
+                             leave_one_out_hull_iou, neighbour_color_psnr, neighbour_depth_agreement, sample_surface,
+                             shuffled_ring)
 from coser.cameras import Cameras, pixel_centers
 from coser.rasterizer import render
 from coser.reconstruction import Mesh
@@ -24,23 +22,6 @@ CUBE = render(*cube(0.5), RING, 64)
 
 def mesh_of(solid) -> Mesh:
     return Mesh(solid[0].numpy(), solid[1].numpy())
-
-
-def patchwork(cells: int = 12) -> tuple[Tensor, Tensor, Tensor]:
-    """A cube whose sides are cut into squares of random greys: corners to match wherever one looks."""
-    plain = cube(0.5)[0].view(6, 4, 3)
-    ticks = torch.linspace(0, 1, cells + 1)
-    v, u = (t.reshape(-1, 1) for t in torch.meshgrid(ticks[:-1], ticks[:-1], indexing="ij"))
-    step = 1 / cells
-    vertices = []
-    for origin, along, _, up in plain:
-        at = [origin + (u + du * step) * (along - origin) + (v + dv * step) * (up - origin)
-              for du, dv in ((0, 0), (1, 0), (1, 1), (0, 1))]
-        vertices.append(torch.stack(at, 1).reshape(-1, 3))
-    corner = torch.arange(6 * cells * cells)[:, None, None] * 4
-    faces = (corner + torch.tensor([[0, 1, 2], [0, 2, 3]])).reshape(-1, 3)
-    greys = torch.rand(6 * cells * cells, generator=torch.Generator().manual_seed(0))
-    return torch.cat(vertices), faces, greys.repeat_interleave(2)[:, None, None].expand(-1, 3, 3)
 
 
 def changed(ring: ViewSet, index: int, **parts) -> ViewSet:
@@ -153,43 +134,6 @@ def test_hull_of_the_others_marks_the_view_that_shows_more_than_they_do():
     assert not emptied.any()  # one empty silhouette leaves no hull for the others, and is filled by theirs
     with pytest.raises(ValueError, match="show nothing"):
         leave_one_out_hull_iou(replace(CUBE, masks=0 * CUBE.masks), cameras)
-
-
-def test_projections_of_one_point_lie_on_each_others_epipolar_lines():
-    first = Cameras.look_at_origin([0, 10, 200], [20, -5, 60])
-    second = Cameras.look_at_origin([30, 75, 20], [20, 40, 0])
-    points = torch.rand(40, 3, generator=torch.Generator().manual_seed(0)) - 0.5
-    pixels = [(c.project(points)[0] * 256).double().numpy() for c in (first, second)]
-    for here, there, matrix in zip(*pixels, fundamental_matrices(first, second, 256).numpy()):
-        assert epipolar_distances(here, there, matrix).max() < 1e-3
-        lines = np.concatenate([here, np.ones((40, 1))], 1) @ matrix.T
-        across = lines[:, :2] / np.linalg.norm(lines[:, :2], axis=1, keepdims=True)
-        apart = epipolar_distances(here, there + 3 * across, matrix)
-        back = epipolar_distances(there + 3 * across, here, matrix.T)
-        np.testing.assert_allclose(apart, back)
-        assert (apart > 1.5).all()  # the mean of 3 there and of something here
-    with pytest.raises(ValueError, match="perspective"):
-        fundamental_matrices(Cameras.orbit(2, orthographic=True), Cameras.orbit(2), 256)
-
-
-def test_tsed_counts_consistent_neighbours():
-    pytest.importorskip("cv2")
-    around = torch.arange(8) * 2 * torch.pi / 8  # a small loop, for SIFT knows few points again from 30 degrees away
-    cameras = Cameras.look_at_origin(30 + 12 * around.cos(), 25 + 12 * around.sin())
-    views = render(*patchwork(8), cameras, 160)
-    true, wrong = tsed(views, cameras), tsed(shuffled_ring(views), cameras)
-    assert true.consistent[3] > 0.9 and true.matches > 20 and true.too_few == 0
-    assert (true.consistent.diff() >= 0).all() and len(true.consistent) == len(true.thresholds)
-    assert wrong.consistent[3] < 0.4
-    assert not tsed(views, cameras, min_matches=10**6).consistent.any()
-    blank = tsed(replace(views, views=0 * views.views, masks=0 * views.masks), cameras)
-    assert (blank.matches, blank.too_few) == (0, 1) and not blank.consistent.any()
-
-
-def test_tsed_without_opencv_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(ImportError, match="opencv-python-headless"):
-        tsed(CUBE, RING)
 
 
 def test_neighbours_of_one_solid_agree_in_depth_even_where_one_hides_the_other():

@@ -33,9 +33,8 @@ class Answering:
 def losses(answer, count: int = 3, length: int = 12) -> tuple[dict, list]:
     unet = Answering(answer)
     rings = [Ring(Path(f"{i}-0"), str(i), "", (("a cube", "a ball")[i % 2],), ()) for i in range(count)]
-    found = held_out_losses(unet, rings, [torch.full((length, 4, 8, 8), CLEAN)] * count, [10.0 * i for i in range(count)],
-                            TEXTS)
-    return found, unet.asked
+    latents, elevations = [torch.full((length, 4, 8, 8), CLEAN)] * count, [10.0 * i for i in range(count)]
+    return held_out_losses(unet, rings, latents, elevations, TEXTS), unet.asked
 
 
 def test_who_knows_the_clean_latents_makes_no_error():
