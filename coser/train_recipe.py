@@ -1,10 +1,10 @@
 """The whole recipe in one command and one time budget: assets => renders, autoencoder, latents, denoiser, shards.
 
 `python -m coser.train all --assets ASSETS --run NAME --minutes 28`. What the next budget needs lies in `runs/<name>/`:
-`renders/` (elsewhere with --renders), `autoencoder/` and `denoiser/` (runs as of `coser.train`), `pipeline/` and
-`shards/` (what was learnt, see `coser.shards`), and `recipe.json`: for each stage whether it is finished, its seconds
-and its figures. The same command again, here or on a copy elsewhere, skips what is finished, resumes what is not from
-its last checkpoint, and goes on training the denoiser.
+`renders/` (elsewhere with --renders, see `coser.recipe_renders`), `autoencoder/` and `denoiser/` (runs as of
+`coser.train`), `pipeline/` and `shards/` (what was learnt, see `coser.shards`), and `recipe.json`: for each stage
+whether it is finished, its seconds and its figures. The same command again, here or on a copy elsewhere, skips what is
+finished, resumes what is not from its last checkpoint, and goes on training the denoiser.
 
 Every stage looks at the clock and stops itself; what a stage does between two looks (loading a model, drawing one
 prompt, one step) may pass the end of a budget, so a budget of few minutes on a busy machine can be overrun.
@@ -33,14 +33,13 @@ from coser import train_autoencoder, train_denoiser
 from coser.background import Background
 from coser.caption_states import captions_of, encode_captions
 from coser.consistency import CONSISTENCY, fused_views
-from coser.data.assets import split_assets
 from coser.data.dataset import Ring, held_out_views, list_rings
-from coser.data.render import is_rendered, render_assets
 from coser.devices import add_dtype_option
 from coser.evaluate_prompts import evaluate_prompts
 from coser.latents import same_weights, weights_hash
 from coser.pipeline import CoSERPipeline
 from coser.recipe_record import Record, training_figures
+from coser.recipe_renders import RecipeRenders
 from coser.shards import TRAINING_STATE, read_shards, write_shards
 from coser.train_autoencoder import autoencoder_figures, reconstruct_views
 from coser.train_loop import Budget, Options, checkpoints
@@ -55,7 +54,6 @@ CHECKPOINTS = 8  # a budget, each with an evaluation
 NEVER = 1_000_000_000  # steps: checkpoints go by the clock
 FIRST_RINGS = 100  # enough for the autoencoder's first steps
 RELIST_EVERY = 50  # steps; the rings rendered meanwhile join
-HELD_OUT_VIEWS = 12
 WAIT = 0.1  # seconds between two looks at what is being rendered
 # Not tried on any GPU yet: batches large enough that launching kernels is not what takes the time.
 GPU_ARGUMENTS = {"autoencoder": "--batch-size 128 --data-on-device --compile",
@@ -80,6 +78,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rings", type=int, default=1, help="of each asset to train on")
     parser.add_argument("--num-views", type=int, default=24, help="of a ring")
     parser.add_argument("--size", type=int, default=256, help="pixels a side of a view")
+    parser.add_argument("--scenes", type=int, default=0, help="so many scenes of two or three assets join")
+    parser.add_argument("--repainted", action="store_true", help="copies of the rings in other colours join")
     parser.add_argument("--workers", type=int, help="processes that render, else one a core but two beside a GPU")
     parser.add_argument("--overlap", action=argparse.BooleanOptionalAction,
                         help="train the autoencoder while the rest renders (default: on CUDA)")
@@ -150,9 +150,8 @@ class Recipe:
         self.until = self.began + self.seconds - min(START_AND_EXIT, 0.02 * self.seconds)
         self.cuda = torch.device(options.device).type == "cuda"
         self.record = Record(folder / "recipe.json")
-        self.renders = options.renders or folder / "renders"
-        self.train_renders, self.held_out_renders = self.renders / "train", self.renders / "val"
-        self.train_assets, self.held_out_assets = split_assets(options.assets, options.min_quality)
+        self.renders = RecipeRenders(options.renders or folder / "renders", options.assets, options.min_quality,
+                                     options.rings, options.num_views, options.size, options.scenes, options.repainted)
         self.rendering: Background | None = None
         self.vae = self._finished_autoencoder()
         self.record.sessions.append({"minutes": options.minutes, "device": options.device, "torch": torch.__version__,
@@ -178,10 +177,10 @@ class Recipe:
 
     def render(self) -> None:
         """Renders all, or beside a GPU that has an autoencoder to train, until the first rings are there."""
-        if self._all_rendered():
+        if self.renders.made():
             print("== render: all rings are there", flush=True)
             if not self.record.finished("render"):
-                self.record.add("render", 0.0, True, self._render_figures(0.0, 0))
+                self.record.add("render", 0.0, True, self.renders.figures())
             return
         overlap = self.cuda if self.options.overlap is None else self.options.overlap
         if not overlap or self.vae is not None:
@@ -190,9 +189,8 @@ class Recipe:
         until = self.share(RENDER_SHARE)
         self.rendering = Background(lambda: self._render(until, "cpu"))
         self._encode_captions_ahead()
-        first = min(FIRST_RINGS, len(self.train_assets) * self.options.rings)
-        while not self.rendering.wait(WAIT) and not (
-                is_rendered(self.held_out_assets, 1, self.held_out_renders) and self._count_rings() >= first):
+        first = min(FIRST_RINGS, len(self.renders.assets) * self.options.rings)
+        while not self.rendering.wait(WAIT) and not (self.renders.held_out_made() and self.renders.count() >= first):
             pass
 
     def finish_rendering(self) -> None:
@@ -201,38 +199,20 @@ class Recipe:
             self.rendering = None
 
     def _render(self, until: float, device: str) -> None:
-        """Held-out assets first: the trainings need them from the start."""
-        options, before = self.options, self._count_rings()
-        workers = options.workers or max(1, (os.cpu_count() or 1) - (2 if self.cuda else 0))
-        sizes = dict(size=options.size, device=device, workers=workers, until=until)
+        before = self.renders.count()
+        workers = self.options.workers or max(1, (os.cpu_count() or 1) - (2 if self.cuda else 0))
         with self.stage("render") as figures:
             began = time.perf_counter()
-            if not is_rendered(self.held_out_assets, 1, self.held_out_renders):
-                render_assets(self.held_out_assets, self.held_out_renders, 1, min(HELD_OUT_VIEWS, options.num_views),
-                              **sizes)
-            if not is_rendered(self.train_assets, options.rings, self.train_renders):
-                render_assets(self.train_assets, self.train_renders, options.rings, options.num_views, **sizes)
-            figures |= self._render_figures(time.perf_counter() - began, self._count_rings() - before)
-            figures["finished"] = self._all_rendered()
-
-    def _all_rendered(self) -> bool:
-        return (is_rendered(self.held_out_assets, 1, self.held_out_renders)
-                and is_rendered(self.train_assets, self.options.rings, self.train_renders))
-
-    def _count_rings(self) -> int:
-        return sum(1 for _ in self.train_renders.glob("*.safetensors"))
-
-    def _render_figures(self, seconds: float, new_rings: int) -> dict:
-        rate = {"views_per_second": new_rings * self.options.num_views / seconds} if new_rings else {}
-        return {"rings": self._count_rings(), "of": len(self.train_assets) * self.options.rings,
-                "held_out": len(self.held_out_assets), "num_views": self.options.num_views} | rate
+            self.renders.make(device, workers, until)
+            figures |= self.renders.figures(time.perf_counter() - began, self.renders.count() - before)
+            figures["finished"] = self.renders.made()
 
     # trainings
 
     def _arguments(self, verb: str) -> list[str]:
         """The command line of a training, which says all that its run depends on."""
         o = self.options
-        arguments = [verb, "--preset", o.preset, "--renders", self.train_renders, "--held-out", self.held_out_renders,
+        arguments = [verb, "--preset", o.preset, "--renders", self.renders.train, "--held-out", self.renders.held_out,
                      "--run", self.folder / verb, "--minutes", o.minutes, "--device", o.device, "--dtype", o.dtype,
                      "--seed", o.seed, "--log-every", o.log_every, "--save-every", o.save_every,
                      "--evaluate-every", o.evaluate_every, "--warmup", o.warmup, "--decay-from", o.decay_from,
@@ -290,7 +270,8 @@ class Recipe:
     def _encode_captions_ahead(self) -> None:
         """The captions' text states, while the GPU would wait for the first rings."""
         options, _ = self.parse(self._arguments("denoiser"))
-        rings = [Ring(a.path, a.id, a.object, a.captions, a.colors) for a in self.train_assets + self.held_out_assets]
+        rings = [Ring(a.path, a.id, a.object, a.captions, a.colors)
+                 for a in self.renders.assets + self.renders.held_out_assets]
         encode_captions(train_denoiser.small_pipeline(options, None), captions_of(rings),
                         train_denoiser.cache_folder(options))
 
@@ -298,8 +279,8 @@ class Recipe:
         """Latents of all rings and text states of all captions, into files: the denoiser then waits for none."""
         options, _ = self.parse(self._arguments("denoiser"))
         options.encoded_only = False
-        rings = self._count_rings() * (2 if options.mirror else 1)
-        known = self.train_renders / "latents"
+        rings = self.renders.count() * (2 if options.mirror else 1)
+        known = self.renders.train / "latents"
         if (self.record.finished("latents") and self.record.figures("latents").get("rings") == rings
                 and any(known.glob(f"{weights_hash(self.vae)}-*.safetensors"))):
             print("== latents: all are there", flush=True)
@@ -336,7 +317,7 @@ class Recipe:
         with self.stage("evaluation") as figures:
             checkpoint = checkpoints(self.folder / "denoiser")[-1]
             shards = self.record.stages.get("shards", {}).get("last_seconds", 0.0)
-            figures |= evaluate_pipeline(checkpoint, self.held_out_renders, self.options.prompts, self.options.device,
+            figures |= evaluate_pipeline(checkpoint, self.renders.held_out, self.options.prompts, self.options.device,
                                          getattr(torch, self.options.dtype), self.until - shards)
             figures["finished"] = figures["prompts"] == self.options.prompts
 

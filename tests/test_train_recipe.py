@@ -12,7 +12,7 @@ import trimesh
 from solids import cube, sphere, table
 from torch import nn
 
-from coser import agreement, evaluate_prompts, latents, train_denoiser, train_loop, train_recipe
+from coser import agreement, evaluate_prompts, latents, recipe_renders, train_denoiser, train_loop, train_recipe
 from coser.background import Background
 from coser.cameras import Cameras
 from coser.caption_states import encode_captions
@@ -190,7 +190,7 @@ def test_pipelines_to_start_from_and_given_autoencoders_are_taken(assets, finish
 
 def test_the_autoencoder_trains_while_the_rest_renders(assets, tmp_path, monkeypatch):
     monkeypatch.setattr(train_recipe, "FIRST_RINGS", 1)
-    rendered, trained = train_recipe.render_assets, train_recipe.train_autoencoder.run
+    rendered, trained = recipe_renders.render_assets, train_recipe.train_autoencoder.run
     listed = []
 
     def one_then_wait(chosen, output, *args, **kwargs):
@@ -205,7 +205,7 @@ def test_the_autoencoder_trains_while_the_rest_renders(assets, tmp_path, monkeyp
         assert options.relist_every
         trained(options, loop)
 
-    monkeypatch.setattr(train_recipe, "render_assets", one_then_wait)
+    monkeypatch.setattr(recipe_renders, "render_assets", one_then_wait)
     monkeypatch.setattr(train_recipe.train_autoencoder, "run", watched)
     main(["all", "--assets", str(assets), "--run", str(tmp_path / "run"), *TINY, "--steps", "2", "--prompts", "0",
           "--overlap"])

@@ -173,7 +173,7 @@ def recolor_rings(renders: Path, seed: int = 0, rings: tuple[int, ...] = (0, 1))
             if paint:
                 worn[ring.path] = paint[0]
                 palette.setdefault(ring.colors[0], []).append(paint[0])
-    written = []
+    copies: dict[Path, tuple[Ring, Paint]] = {}
     for ring in found:
         if ring.path not in worn:
             continue
@@ -186,21 +186,21 @@ def recolor_rings(renders: Path, seed: int = 0, rings: tuple[int, ...] = (0, 1))
         if not captions:
             continue
         new_id = f"{ring.asset_id}~{word}"
-        path = renders / f"{new_id}-{ring.path.stem.rsplit('-', 1)[1]}.safetensors"
         name = re.sub(rf"\b({ring.colors[0]}|wooden|golden) ", "", ring.object)
         rows[new_id] = rows[ring.asset_id] | {"id": new_id, "captions": captions, "object": name,
                                               "colors": [word, *ring.colors[1:]]}
-        written.append(new_id)
+        path = renders / f"{new_id}-{ring.path.stem.rsplit('-', 1)[1]}.safetensors"
+        copies[path] = ring, palette[word][draw.integers(len(palette[word]))]
+    (renders / "index.tmp").write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+    (renders / "index.tmp").replace(renders / "index.jsonl")  # before the files: whoever lists them finds their rows
+    for path, (ring, new) in copies.items():
         if not path.is_file():
             tensors = load_file(ring.path)
-            new = palette[word][draw.integers(len(palette[word]))]
             tensors["rgba"] = repaint(tensors["rgba"], worn[ring.path], new)
             temporary = path.with_suffix(f".tmp{os.getpid()}")
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
             temporary.replace(path)
-    (renders / "index.tmp").write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
-    (renders / "index.tmp").replace(renders / "index.jsonl")
-    return written
+    return [path.stem.rsplit("-", 1)[0] for path in copies]
 
 
 def main(arguments: list[str] | None = None) -> None:
