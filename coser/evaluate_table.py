@@ -28,13 +28,14 @@ from coser.judge import ViewJudge, is_janus, load_judge, nearest_distances, ring
 from coser.metrics import psnr, render_mesh, sharpness, silhouette_iou
 from coser.pipeline import CoSERPipeline
 from coser.quality_table import markdown, summarise
-from coser.questions import QUESTIONS, Question, load_questions, slug
+from coser.questions import QUESTIONS, Question, is_name_of, load_questions, slug
 from coser.reconstruction import QUICK, reconstruct
 from coser.stopwatch import Watch
 from coser.views import ViewSet, views_to_uint8
 
 VERB = "table"
-WORDS = ("object_right", "object_in_5", "color_right", "both_right", "kinds_in_2", "kinds_in_5", "caption_fit")
+WORDS = ("object_right", "object_named", "object_in_5", "color_right", "both_right", "both_named", "kinds_in_2",
+         "kinds_in_5", "caption_fit")
 
 
 def draw_rings(pipeline: CoSERPipeline, questions: list[Question], folder: Path, seed: int = 0,
@@ -99,10 +100,11 @@ def judge_figures(judge: ViewJudge, reference: Tensor, ring: Ring, views: ViewSe
     """Whether a ring shows what was asked for, once only, and how near it lies to the training assets.
 
     reference [M,D]: embeddings of the training assets' rings. Questions that make no sense for the ring's words (a kind
-    that the judge was not taught, a Janus of a barrel) are left out. A composition is right when all its kinds are
-    among the judge's first guesses for the ring: `kinds_in_2` and `kinds_in_5`. The judge was taught single objects
-    alone, and a softmax has one first place: so no kind is asked for to be first, and true renders of compositions of
-    held-out assets beside it say what such a count can reach.
+    that the judge was not taught, a Janus of a barrel) are left out. `object_right` asks for the very word among the
+    judge's kinds, `object_named` is content with another word for the same thing. A composition is right when all its
+    kinds are among the judge's first guesses for the ring: `kinds_in_2` and `kinds_in_5`. The judge was taught single
+    objects alone, and a softmax has one first place: so no kind is asked for to be first, and true renders of
+    compositions of held-out assets beside it say what such a count can reach.
     """
     said = judge.judge(views)
     figures = {"nearest": float(nearest_distances(ring_embedding(said.embeddings)[None], reference)[0]),
@@ -117,10 +119,13 @@ def judge_figures(judge: ViewJudge, reference: Tensor, ring: Ring, views: ViewSe
     color = ring.colors[0] if ring.colors and ring.colors[0] in judge.config.colors else None
     if ring.kind in judge.config.kinds:
         verdict = judge.verdict(said.embeddings, ring.object, color)
-        figures |= {"object_right": float(verdict.object_rank == 1), "object_in_5": float(verdict.object_rank <= 5)}
+        named = is_name_of(verdict.top_objects[0], ring.kind)
+        figures |= {"object_right": float(verdict.object_rank == 1), "object_named": float(named),
+                    "object_in_5": float(verdict.object_rank <= 5)}
         if color:
             figures |= {"color_right": float(verdict.color_rank == 1),
-                        "both_right": float(verdict.object_rank == 1 == verdict.color_rank)}
+                        "both_right": float(verdict.object_rank == 1 == verdict.color_rank),
+                        "both_named": float(named and verdict.color_rank == 1)}
     return figures
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import re
 from collections import Counter
@@ -61,6 +63,19 @@ def load_questions(path: Path, name: str) -> list[Question]:
     known = {field.name for field in fields(Question)}
     return [Question(**{k: tuple(v) if k == "kinds" else v for k, v in entry.items() if k in known})
             for entry in lists[name]]
+
+
+def is_name_of(word: str, kind: str) -> bool:
+    """Whether who calls a thing of this kind by this word is right: the kind itself, its plural, or a word for the
+    same things (`same_words` in the questions file)."""
+    return word == kind or word in (f"{kind}s", kind.removesuffix("s")) or frozenset((word, kind)) in _same_words()
+
+
+@functools.cache
+def _same_words() -> frozenset[frozenset[str]]:
+    """All pairs of words of a group."""
+    groups = json.loads(QUESTIONS.read_text("utf-8"))["same_words"]
+    return frozenset(frozenset(pair) for group in groups for pair in itertools.combinations(group, 2))
 
 
 def slug(prompt: str) -> str:

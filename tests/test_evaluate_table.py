@@ -19,7 +19,7 @@ from coser.evaluate_table import (Column, draw_rings, draw_sheet, geometry_figur
 from coser.judge import ViewJudge
 from coser.metrics import silhouette_iou
 from coser.quality_table import markdown, summarise
-from coser.questions import QUESTIONS, Question, draw_questions, load_questions, slug
+from coser.questions import QUESTIONS, Question, draw_questions, is_name_of, load_questions, slug
 from tests.drawn_pipeline import NOTHING, box_views
 from tests.tiny import tiny_pipeline
 
@@ -28,9 +28,9 @@ def ring(asset_id, kind, color):
     return Ring(Path(f"{asset_id}-0.safetensors"), asset_id, kind, (f"a {color} {kind}",), (color,))
 
 
-def always(kind: str, color: str) -> ViewJudge:
+def always(kind: str, color: str, kinds: tuple[str, str] = ("box", "ball")) -> ViewJudge:
     """A judge that gives the same answer to everything."""
-    kinds, colors = ("box", "ball"), ("red", "blue")
+    colors = "red", "blue"
     judge = ViewJudge(kinds=kinds, colors=colors, channels=(16, 16, 16), blocks=(1, 1, 1), embedding_dim=4,
                       fronted_kinds=("ball",), janus_floor=0.1, janus_ratio=0.5).eval()
     axes = torch.eye(judge.config.text_dim)[:4]  # one for each word
@@ -105,6 +105,25 @@ def test_true_renders_agree_better_than_shuffled_ones(box):
         assert true[figure] > shuffled[figure], figure
     assert true["watertight"] == 1
     assert float(silhouette_iou(seen.masks, views.masks).min()) > 0.95
+
+
+def test_things_have_several_names():
+    for word, kind in (("sofa", "sofa"), ("couch", "sofa"), ("sofa", "couch"), ("coins", "coin"), ("coin", "coins"),
+                       ("building", "cottage"), ("revolver", "gun")):
+        assert is_name_of(word, kind), (word, kind)
+    for word, kind in (("chest", "box"), ("tavern", "church"), ("revolver", "rifle"), ("coin", "ring")):
+        assert not is_name_of(word, kind), (word, kind)
+
+
+def test_an_object_by_another_of_its_names_is_named_but_not_right(box):
+    views, cameras = box
+    reference = torch.eye(4)[:1]
+    asked, names = ring("x", "sofa", "red"), ("couch", "sofa")
+    figures = judge_figures(always("couch", "red", names), reference, asked, views, cameras)
+    assert (figures["object_right"], figures["object_named"]) == (0, 1)
+    assert (figures["both_right"], figures["both_named"]) == (0, 1)
+    figures = judge_figures(always("couch", "blue", names), reference, asked, views, cameras)
+    assert (figures["object_named"], figures["both_named"]) == (1, 0)
 
 
 def test_verdicts_are_the_judges(box):
