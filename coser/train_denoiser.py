@@ -67,7 +67,8 @@ SAMPLE = dict(num_views=8, num_inference_steps=16)  # how each is drawn
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--autoencoder", type=Path, required=True, help="trained autoencoder's folder (.../vae)")
     parser.add_argument("--views-per-batch", type=int, help="views a step, else the preset's")
-    parser.add_argument("--view-counts", type=int, nargs="+", help="ring sizes drawn in training, else the preset's")
+    parser.add_argument("--view-counts", type=int, nargs="+", help="ring sizes drawn in training, else those of "
+                        "the preset that divide the rendered rings")
     parser.add_argument("--min-kind-count", type=int, default=1, help="only kinds of objects with so many assets")
     parser.add_argument("--start", type=Path, help="pipeline folder whose UNet to start from instead of random weights")
     parser.add_argument("--encoded-only", action="store_true", help="train on the rings that have latents already")
@@ -96,6 +97,12 @@ def drop_mixers(mixers: tuple[str, ...], generator: torch.Generator, share: floa
     """Leaves out each mixer with probability `share`."""
     keep = torch.rand(len(mixers), generator=generator) >= share
     return tuple(m for m, k in zip(mixers, keep.tolist()) if k)
+
+
+def view_counts_of(options: argparse.Namespace, ring_length: int) -> tuple[int, ...]:
+    """The ring sizes asked for; else those of the preset that divide a rendered ring, all of them where none does."""
+    usual = PRESETS[options.preset]["view_counts"]
+    return tuple(options.view_counts or [n for n in usual if ring_length % n == 0] or usual)
 
 
 def compile_parts(unet: MultiviewUNet, backend: str = "inductor") -> None:
@@ -189,8 +196,7 @@ def run(options: argparse.Namespace, loop: Options) -> None:
     rings, held_out, texts, latents = data.rings, data.held_out, data.texts, data.latents
     if options.data_on_device:
         latents, texts = torch.stack(latents).to(options.device), texts.on(options.device)
-    batches = LatentRings(rings, latents, data.elevations, options.seed,
-                          tuple(options.view_counts or preset["view_counts"]),
+    batches = LatentRings(rings, latents, data.elevations, options.seed, view_counts_of(options, len(latents[0])),
                           options.views_per_batch or preset["views_per_batch"], DROP_TEXT,
                           depths_of(rings) if options.correspondence else None)
     overheard = Overheard(unet) if options.correspondence or options.dispersion else None

@@ -1,5 +1,7 @@
 """The parts of the denoiser's training: noise levels, text states, cached latents and the loss."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,7 +13,7 @@ from coser.data.render import load_ring
 from coser.flow import SHIFT, TRAINING_SHIFT, flow_loss, noise_levels, small_scheduler
 from coser.latents import encode_rings
 from coser.models.block import MIXERS
-from coser.train_denoiser import drop_mixers
+from coser.train_denoiser import drop_mixers, view_counts_of
 
 
 def test_noise_levels_lie_between_nothing_and_all_shifted_towards_noise():
@@ -67,6 +69,13 @@ def test_each_mixer_is_dropped_about_as_often_as_asked():
     assert all(list(k) == [m for m in MIXERS if m in k] for k in kept)
     for name in MIXERS:
         assert 0.07 < sum(name not in k for k in kept) / 1000 < 0.13
+
+
+def test_ring_sizes_are_those_asked_for_or_the_usual_ones_that_divide_the_rings():
+    usual = SimpleNamespace(preset="small", view_counts=None)
+    assert [view_counts_of(usual, length) for length in (24, 12, 8)] == [(4, 6, 8, 12), (4, 6, 12), (4, 8)]
+    assert view_counts_of(usual, 5) == (4, 6, 8, 12), "which is refused by name"
+    assert view_counts_of(SimpleNamespace(preset="small", view_counts=[5]), 24) == (5,)
 
 
 def test_mirror_images_have_latents_and_elevations_of_their_own(renders, pipeline, pipeline_folder, tmp_path):
