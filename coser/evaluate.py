@@ -105,7 +105,6 @@ def _autoencoder(arguments: argparse.Namespace) -> None:
 
 def _loss(arguments: argparse.Namespace) -> None:
     pipeline = CoSERPipeline.from_pretrained(arguments.checkpoint).to(dtype_asked_for(arguments))
-    pipeline.unet.eval()
     rings, cache = list_rings(arguments.renders, arguments.limit), arguments.renders / "latents"
     latents, elevations = encode_rings(pipeline.vae, arguments.checkpoint / "vae", rings, cache)
     texts = encode_captions(pipeline, captions_of(rings), cache)

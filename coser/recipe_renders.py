@@ -34,7 +34,7 @@ class RecipeRenders:
         """Whether all rings are there."""
         return (self.held_out_made() and is_rendered(self.assets, self.rings, self.train)
                 and (not self.scenes or self._composed() and is_rendered(self._scenes(), self.rings, self.train))
-                and (not self.repainted or (self.train / REPAINTED).is_file()))
+                and (not self.repainted or self._copies() is not None))
 
     def held_out_made(self) -> bool:
         return is_rendered(self.held_out_assets, 1, self.held_out)
@@ -53,7 +53,7 @@ class RecipeRenders:
             render_assets(self.assets, self.train, self.rings, self.num_views, **sizes)
         if self.scenes and time.perf_counter() < until:
             render_assets(self._scenes(), self.train, self.rings, self.num_views, **sizes)
-        if self.repainted and time.perf_counter() < until:
+        if self.repainted and self._copies() is None and time.perf_counter() < until:
             copies = recolor_rings(self.train, rings=tuple(range(self.rings)))
             temporary = self.train / f"{REPAINTED}.tmp{os.getpid()}"
             temporary.write_text("".join(f"{name}\n" for name in copies), "utf-8")
@@ -61,13 +61,17 @@ class RecipeRenders:
 
     def figures(self, seconds: float = 0.0, new_rings: int = 0) -> dict:
         """What the record says of them; with seconds, also how quickly new rings came."""
-        figures = {"rings": self.count(), "of": (len(self.assets) + self.scenes) * self.rings,
+        copies = len(self._copies() or ()) if self.repainted else 0
+        figures = {"rings": self.count(), "of": (len(self.assets) + self.scenes) * self.rings + copies,
                    "held_out": len(self.held_out_assets), "num_views": self.num_views}
-        if self.repainted and (self.train / REPAINTED).is_file():
-            figures["of"] += len((self.train / REPAINTED).read_text("utf-8").splitlines())
         if new_rings:
             figures["views_per_second"] = new_rings * self.num_views / seconds
         return figures
+
+    def _copies(self) -> list[str] | None:
+        """The repainted copies, None until all are there."""
+        file = self.train / REPAINTED
+        return file.read_text("utf-8").splitlines() if file.is_file() else None
 
     def _composed(self) -> bool:
         return (self.folder / "scenes" / "index.jsonl").is_file()
