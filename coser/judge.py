@@ -95,15 +95,15 @@ class ViewJudge(ModelMixin, ConfigMixin):
 
     What a view shows is asked as a choice between sentences: "a <kind>" for objects, "a <colour> object" for colours.
     Classifiers beside the embedding named no more objects and fewer colours (figures: `coser.train_judge`).
-    kinds, colors: the words it chooses from. channels, blocks: widths and residual blocks at 1/4, 1/8 and 1/16 of the
-    side. embedding_dim, text_dim: sizes of the shared space and of the sentences' states. fronted_kinds: kinds with
+    kinds, colors: the words it chooses from. channels, blocks: widths and residual blocks at 1/4 of the side, half of
+    that, and so on. embedding_dim, text_dim: sizes of the shared space and of the sentences' states. fronted_kinds: kinds with
     a front that can be told from their other sides; only of them the Janus question is asked. janus_floor,
     janus_ratio: see `is_janus`. The last three are measured in training.
     """
 
     @register_to_config
-    def __init__(self, kinds: tuple[str, ...], colors: tuple[str, ...], channels: tuple[int, ...] = (64, 128, 256),
-                 blocks: tuple[int, ...] = (1, 2, 1), embedding_dim: int = 128, text_dim: int = 384,
+    def __init__(self, kinds: tuple[str, ...], colors: tuple[str, ...], channels: tuple[int, ...] = (32, 64, 128, 256),
+                 blocks: tuple[int, ...] = (1, 2, 2, 1), embedding_dim: int = 128, text_dim: int = 384,
                  fronted_kinds: tuple[str, ...] = (), janus_floor: float | None = None,
                  janus_ratio: float | None = None):
         super().__init__()

@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +22,15 @@ MIN_KIND_COUNT = 3  # a kind with fewer assets is a word that a model has hardly
 class Question:
     """A prompt and what its picture must show: the kind of object and the main colour.
 
-    Or, of a composition, all of several `kinds`; it has no main colour, "".
+    Or, of a composition, all of several `kinds`, the first of them in this `relation` to the second (one of
+    `coser.data.scene_words.RELATIONS`); it has no main colour, "".
     """
 
     prompt: str
     object: str
     color: str = ""
     kinds: tuple[str, ...] = ()
+    relation: str = ""
 
 
 def draw_questions(rings: list[Ring], count: int, seed: int = 0) -> list[Question]:
@@ -60,9 +62,7 @@ def load_questions(path: Path, name: str) -> list[Question]:
     lists = json.loads(path.read_text("utf-8"))["lists"]
     if name not in lists:
         raise ValueError(f"questions must be one of {', '.join(lists)}, got {name!r}")
-    known = {field.name for field in fields(Question)}
-    return [Question(**{k: tuple(v) if k == "kinds" else v for k, v in entry.items() if k in known})
-            for entry in lists[name]]
+    return [Question(**{k: tuple(v) if k == "kinds" else v for k, v in entry.items()}) for entry in lists[name]]
 
 
 def is_name_of(word: str, kind: str) -> bool:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from coser.data.assets import Asset, list_assets, split_assets
-from coser.data.compose import held_out_pairs, write_scenes
+from coser.data.compose import held_out_compositions, write_scenes
 from coser.data.recolor import recolor_rings
 from coser.data.render import is_rendered, render_assets
 
@@ -80,7 +80,7 @@ class RecipeRenders:
         """The scenes, composed when first asked for."""
         folder = self.folder / "scenes"
         if not self._composed():
-            write_scenes(self.assets, folder, self.scenes, held_out=held_out_pairs())
+            write_scenes(self.assets, folder, self.scenes, held_out=held_out_compositions())
         found = list_assets(folder)
         if len(found) != self.scenes:
             raise ValueError(f"scenes must be as many as {folder} holds, {len(found)}, got {self.scenes}")

@@ -93,8 +93,8 @@ def test_the_table_has_means_and_half_the_range_between_seeds():
     rows = [{"variant": "a", "seed": s, "steps": 10 + s, "seconds": 60 + 60 * s, "mebibytes": 7.4,
              "parameters": 2_000_000, "loss": v, "psnr_0.85": 20.0} for s, v in ((0, 0.5), (1, 0.6))]
     lines = table(rows, [Variant("a", ()), Variant("b", ())]).splitlines()
-    assert lines[0] == "| variant | seeds | M parameters | steps | minutes | MiB kept a ring | against plain | loss | " \
-                       "PSNR at 0.85 |"
+    assert lines[0].strip("| ").split(" | ") == ["variant", "seeds", "M parameters", "steps", "minutes",
+                                                 "MiB kept a ring", "against plain", "loss", "PSNR at 0.85"]
     assert lines[2:] == ["| a | 2 | 2.0 | 10 | 1.5 | 7 | +0.0000 ± 0.0000 | 0.5500 ± 0.0500 | 20.00 ± 0.00 |"]
 
 

@@ -9,7 +9,7 @@ from painted import PAINTS, write_assets
 from coser.cameras import Cameras
 from coser.data import compose as module
 from coser.data.assets import Asset, list_assets, load_mesh
-from coser.data.compose import compose, held_out_pairs, main, pair_key, write_scenes
+from coser.data.compose import compose, held_out_compositions, main, pair_key, write_scenes
 from coser.data.dataset import LatentRings, list_rings, mirror_views
 from coser.data.placing import box_of, height_fields
 from coser.data.recolor import recolor_rings
@@ -217,19 +217,18 @@ def test_on_the_floor_a_pair_is_held_out_in_every_relation_and_order():
 
 def test_the_shipped_list_is_forty_pairs_that_could_be_composed():
     asked, kinds = load_questions(QUESTIONS, "compositions"), {name.split()[-1] for name in SIZES}
-    assert len(asked) == len({q.prompt for q in asked}) == len(held_out_pairs()) == 40
+    assert len(asked) == len({q.prompt for q in asked}) == len(held_out_compositions()) == 40
     for question in asked:
         assert len(question.kinds) == 2 and set(question.kinds) <= kinds
         assert question.object.split()[-1] == question.kinds[1] and question.color == ""
         assert all(kind in question.prompt or plural(kind) in question.prompt for kind in question.kinds)
-    entries = json.loads(QUESTIONS.read_text("utf-8"))["lists"]["compositions"]
-    assert {e["relation"] for e in entries} <= set(RELATIONS)
-    assert {e["kinds"][1] for e in entries if e["relation"] == "on"} <= {name.split()[-1] for name in CARRIERS}
+    assert {q.relation for q in asked} <= set(RELATIONS)
+    assert {q.kinds[1] for q in asked if q.relation == "on"} <= {name.split()[-1] for name in CARRIERS}
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_the_command_keeps_splits_apart_and_pairs_out_of_training(assets, tmp_path, monkeypatch, capsys, split):
-    monkeypatch.setattr(module, "held_out_pairs", lambda: {("pot", "on", "table"), ("pot", "on", "barrel")})
+    monkeypatch.setattr(module, "held_out_compositions", lambda: {("pot", "on", "table"), ("pot", "on", "barrel")})
     main([str(assets), str(tmp_path / "scenes"), "--count", "20", "--seed", "3", "--split", split])
     rows = [json.loads(line) for line in (tmp_path / "scenes" / "index.jsonl").read_text().splitlines()]
     splits = {a.id: a.split for a in list_assets(assets)}

@@ -31,7 +31,7 @@ from torch import Tensor
 from coser.data.assets import Asset, in_unit_sphere, list_assets, load_mesh
 from coser.data.placing import beside, box_of, on_floor, resting_places
 from coser.data.scene_words import PORTABLE, SIDES, Part, part_of, scene_captions, scene_object
-from coser.questions import QUESTIONS
+from coser.questions import QUESTIONS, load_questions
 
 SHARES = {"on": 0.42, "beside": 0.16, "left of": 0.1, "right of": 0.1, "in front of": 0.05, "behind": 0.05, "and": 0.12}
 # Sizes are pulled together, so that an apple on a table is still seen: ratio ** COMPRESSION, SMALLEST at least.
@@ -78,10 +78,10 @@ def pair_key(kind: str, relation: str, other: str) -> tuple[str, str, str]:
     return (kind, "on", other) if relation == "on" else (*sorted((kind, other)), "beside")
 
 
-def held_out_pairs() -> set[tuple[str, str, str]]:
+def held_out_compositions() -> set[tuple[str, str, str]]:
     """The `pair_key` of every composition that evaluation asks for and training must not show."""
-    questions = json.loads(QUESTIONS.read_text("utf-8"))["lists"]["compositions"]
-    return {pair_key(q["kinds"][0], q["relation"], q["kinds"][1]) for q in questions}
+    questions = load_questions(QUESTIONS, "compositions")
+    return {pair_key(q.kinds[0], q.relation, q.kinds[1]) for q in questions}
 
 
 def compose(assets: list[Asset], count: int, seed: int = 0,
@@ -247,7 +247,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         assets = list_assets(options.assets, options.split, options.min_quality)
         rows = write_scenes(assets, options.scenes, options.count, options.seed, options.split,
-                            held_out_pairs() if options.split == "train" else ())
+                            held_out_compositions() if options.split == "train" else ())
     except ValueError as error:
         parser.exit(1, f"coser: {error}\n")
     found = Counter(row["relation"] for row in rows)
