@@ -96,8 +96,8 @@ class ViewJudge(ModelMixin, ConfigMixin):
     What a view shows is asked as a choice between sentences: "a <kind>" for objects, "a <colour> object" for colours.
     Classifiers beside the embedding named no more objects and fewer colours (figures: `coser.train_judge`).
     kinds, colors: the words it chooses from. channels, blocks: widths and residual blocks at 1/4 of the side, half of
-    that, and so on. embedding_dim, text_dim: sizes of the shared space and of the sentences' states. fronted_kinds: kinds with
-    a front that can be told from their other sides; only of them the Janus question is asked. janus_floor,
+    that, and so on. embedding_dim, text_dim: sizes of the shared space and of the sentences' states. fronted_kinds:
+    kinds with a front that can be told from their other sides; only of them the Janus question is asked. janus_floor,
     janus_ratio: see `is_janus`. The last three are measured in training.
     """
 
