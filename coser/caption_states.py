@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,8 +82,9 @@ def encode_captions(pipeline: CoSERPipeline, captions: list[str], cache: Path | 
     if missing and cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
         tensors = {"states": torch.cat(list(states.values())), "lengths": torch.tensor([*map(len, states.values())])}
-        save_file(tensors, cache / "writing-captions", {"captions": json.dumps(list(states))})
-        (cache / "writing-captions").rename(cache / f"{name}.safetensors")
+        writing = cache / f"writing-captions-{os.getpid()}"
+        save_file(tensors, writing, {"captions": json.dumps(list(states))})
+        writing.rename(cache / f"{name}.safetensors")
     return CaptionStates({caption: states[caption] for caption in sorted(unique)})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
 import zlib
 from pathlib import Path
@@ -60,8 +61,10 @@ def encoded_rings(vae: ViewAutoencoder, vae_folder: Path, rings: list[Ring], cac
         fresh[ring.key] = vae.views_to_latents(views).half().cpu().contiguous()
         fresh[f"{ring.key}/elevation"] = stored["elevations"].mean().reshape(1)
         if len(fresh) >= 400 or i == len(missing) or late:
-            save_file(fresh, cache / "writing")  # under its name only when whole: a killed run leaves no half file
-            (cache / "writing").rename(cache / f"{weights}-{len(tensors):06d}.safetensors")
+            # under its name only when whole: a killed run leaves no half file, and trainings side by side no mixed one
+            writing = cache / f"writing-{os.getpid()}"
+            save_file(fresh, writing)
+            writing.rename(cache / f"{weights}-{len(tensors):06d}.safetensors")
             tensors |= fresh
             fresh = {}
             print(f"latents: {i}/{len(missing)} rings", flush=True)

@@ -94,7 +94,7 @@ def test_latents_are_encoded_once_for_each_ring_and_autoencoder(renders, pipelin
     views, cameras = load_ring(rings[1].path)
     torch.testing.assert_close(first[1], pipeline.vae.views_to_latents(views).half())
     assert elevations[1] == pytest.approx(float(cameras.elevations[0]), abs=1e-3)
-    (cache / "writing").write_bytes(b"half a fi")  # what a killed run may leave
+    (cache / "writing").write_bytes(b"half a fi")  # what a killed run left, or another is about to finish
     capsys.readouterr()
     again, _ = encode_rings(pipeline.vae, folder, rings[:2], cache)
     assert capsys.readouterr().out == "" and all(torch.equal(a, b) for a, b in zip(first, again))
@@ -107,3 +107,4 @@ def test_latents_are_encoded_once_for_each_ring_and_autoencoder(renders, pipelin
     save_file(weights, other / "diffusion_pytorch_model.safetensors")
     encode_rings(pipeline.vae, other, rings, cache)
     assert len(list(cache.glob("*.safetensors"))) == 3
+    assert (cache / "writing").read_bytes() == b"half a fi"
