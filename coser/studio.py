@@ -10,7 +10,7 @@ import re
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from coser.finishing import FinishedAsset, finish_asset
 from coser.models.ssm import scan_backend
 from coser.models.unet import MIXERS
 from coser.own_views import PosedViews
-from coser.pipeline import CoSERPipeline, MultiviewStep
+from coser.pipeline import CoSERPipeline, MultiviewStep, fused_steps
 from coser.reconstruction import stream_surface
 from coser.reconstruction.exports import export
 from coser.request import AssetOptions, GenerationRequest
@@ -48,10 +48,10 @@ class RunUpdate:
     """One moment of a run.
 
     stage: "waiting", "denoising", "reconstructing", "done" or "stopped". step of total: denoising steps finished.
-    percent: 0 to 100 of the whole run. seconds_left: an estimate, None while there is nothing to estimate from.
-    seed: None where nothing is drawn. picture: the grid of views so far, None before there are any. glb, run_file:
-    paths, and asset, all set when "done". note: from when the run has its turn, what to tell the visitor about the
-    prompt or the views; "" when there is nothing to say.
+    percent: 0 to 100, of the time that the run takes. seconds_left: an estimate, None while there is nothing to
+    estimate from. seed: None where nothing is drawn. picture: the grid of views so far, None before there are any.
+    glb, run_file: paths, and asset, all set when "done". note: from when the run has its turn, what to tell the visitor
+    about the prompt or the views; "" when there is nothing to say.
     """
 
     stage: str
@@ -92,7 +92,8 @@ class Studio:
         self.pipeline = CoSERPipeline.from_pretrained(checkpoint).to(self.device, self.dtype)
         self.vocabulary = load_vocabulary(checkpoint, sentence_embedder(self.pipeline))  # None: it has not been told
         self.lane = threading.Lock()
-        self._finish_seconds = 4.0  # what reconstruction took last time; the first run's estimate starts from this
+        # what building the mesh took last time, and fusing views in a step; the first run's estimate starts from these
+        self._finish_seconds, self._fuse_seconds = 4.0, 3.0
         source = "the shipped one" if Path(checkpoint) == SMALL else "as asked"
         scan = scan_backend(self.device)
         scan_reason = "mamba_ssm's kernels load" if scan == "triton" else "no CUDA with triton and mamba_ssm"
@@ -109,7 +110,9 @@ class Studio:
         writes nothing. Raises ValueError when the views hold nothing that a mesh could be made of.
         """
         request = request.with_drawn_seed()
-        yield from self._in_turn(_Run(request.num_inference_steps, self._finish_seconds, request.seed), should_stop,
+        fused = fused_steps(request.num_inference_steps) if request.consistency else set()
+        run = _Run(request.num_inference_steps, self._finish_seconds, request.seed, fused, self._fuse_seconds)
+        yield from self._in_turn(run, should_stop,
                                  lambda run: self._generate(run, request, Path(glb), should_stop, options))
 
     def rebuild(self, posed: PosedViews, title: str, glb: Path, should_stop: Callable[[], bool] = lambda: False,
@@ -138,6 +141,7 @@ class Studio:
                 yield run.stopped()
                 return
         try:  # released however the run ends, also when the reader goes away in the middle
+            run.start()
             if should_stop():  # asked while this run waited for its turn
                 yield run.stopped()
             else:
@@ -158,6 +162,7 @@ class Studio:
             if should_stop():
                 yield run.stopped()
                 return
+        self._fuse_seconds = run.fuse_seconds
         record = {"title": request.prompt, "settings": asdict(request)} | self._origin(with_model=True)
         yield from self._build(run, last.views, last.cameras, record, glb, should_stop, options)
 
@@ -249,12 +254,15 @@ class Studio:
 class _Run:
     """The clock of one run: which step it is at, what steps take, what is left.
 
-    total: denoising steps to come. finish_seconds: what building the mesh will take, as far as is known.
+    total: denoising steps to come. finish_seconds: what building the mesh will take, as far as is known. fused: indices
+    of the steps that also fuse the views, which takes fuse_seconds more, as far as is known.
     """
 
-    def __init__(self, total: int, finish_seconds: float, seed: int | None):
+    def __init__(self, total: int, finish_seconds: float, seed: int | None, fused: Set[int] = frozenset(),
+                 fuse_seconds: float = 0.0):
         self.total, self.finish_seconds, self.seed = total, finish_seconds, seed
-        self.step = 0
+        self.fused, self.fuse_seconds = fused, fuse_seconds
+        self.step = self.percent = 0
         self.finished = 0.0  # of building the mesh, 0 to 1
         self.picture: Image.Image | None = None
         self.note = ""
@@ -266,16 +274,30 @@ class _Run:
         self.step, self.picture = step.index, picture
         self.step_seconds.append(now - self.mark)
         self.mark = now
+        if step.index - 1 in self.fused and len(self.step_seconds) > len(self.fused):  # others tell what it takes more
+            self.fuse_seconds = max(0.0, self.step_seconds[-1] - self._steady_seconds())
+
+    def start(self) -> None:
+        """The run has its turn: what it waited for is not counted."""
+        self.began = self.mark = time.perf_counter()
 
     def update(self, stage: str, message: str) -> RunUpdate:
-        left = None
+        left, passed = None, time.perf_counter() - self.began
         if self.step_seconds:
-            steady = self.step_seconds[1:] or self.step_seconds  # the first also pays for the text and for warming up
-            left = statistics.median(steady) * (self.total - self.step) + self.finish_seconds * (1 - self.finished)
+            left = (self._steady_seconds() * (self.total - self.step) + self.finish_seconds * (1 - self.finished)
+                    + self.fuse_seconds * sum(index >= self.step for index in self.fused))
         elif self.finished:  # views that were there: what has passed tells what is left
-            left = (time.perf_counter() - self.began) * (1 - self.finished) / self.finished
-        percent = math.floor(100 * (self.step + self.finished) / (self.total + 1))  # the mesh counts as one step more
-        return RunUpdate(stage, self.step, self.total, percent, left, self.seed, message, self.picture, note=self.note)
+            left = passed * (1 - self.finished) / self.finished
+        if left is not None:  # a share of the time, not of the steps, of which the last take longest; never backwards
+            self.percent = max(self.percent, min(99, math.floor(100 * passed / max(passed + left, 1e-9))))
+        return RunUpdate(stage, self.step, self.total, self.percent, left, self.seed, message, self.picture,
+                         note=self.note)
+
+    def _steady_seconds(self) -> float:
+        """What a step takes that does nothing but denoise."""
+        plain = [seconds for i, seconds in enumerate(self.step_seconds) if i not in self.fused]
+        # the first also pays for the text and for warming up
+        return statistics.median(plain[1:] or plain or self.step_seconds)
 
     def stopped(self) -> RunUpdate:
         if self.total:

@@ -5,7 +5,8 @@ steps, over rings of assets kept aside (350 for objects, 356 for colours): first
 a classifier of kinds), for colours 74 % (65 % by a classifier that sees colours without shapes), and of 123 repainted
 rings 80 % (69 %). Sides need places: on one trunk, frozen, 4 x 4 places told 60 % of the sectors, the mean of all 41 %.
 Widths begin at 32, not 64: 71 views a second on a core instead of 28, at as many weights. After 18 minutes of two cores
-(96,000 views) 52 % of the objects of 252 rings kept aside came first, with 64, 128, 256 35 % after 40 of one (64,000).
+(96,000 views) 52 % of the objects of 252 rings kept aside came first, with 64, 128, 256 35 % after 40 of one (64,000);
+after 4,500 steps (288,000) 61 %, and 72 % of 82 held-out ones.
 """
 
 from __future__ import annotations

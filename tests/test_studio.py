@@ -5,6 +5,7 @@ import os
 import threading
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pygltflib
@@ -18,7 +19,7 @@ from coser.models.unet import MIXERS
 from coser.own_views import PosedViews
 from coser.request import AssetOptions, GenerationRequest
 from coser.sessions import (current_run, file_name, remove_old_runs, run_folder, session_folder, set_current_run)
-from coser.studio import TILE, Studio, grid
+from coser.studio import TILE, Studio, _Run, grid
 from coser.views import ViewSet
 from coser.vocabulary import Verdict
 
@@ -75,6 +76,32 @@ def test_a_run_streams_every_step_then_the_mesh_then_is_done(studio, tmp_path):
     pictures = [np.asarray(u.picture) for u in updates[1:5]]
     assert all((a != b).any() for a, b in zip(pictures, pictures[1:]))
     json.dumps([u.status() for u in updates])
+
+
+def test_the_time_left_counts_the_steps_that_fuse_views_as_longer(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("coser.studio.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    run, left, percents = _Run(6, 4.0, 0, fused={4, 5}, fuse_seconds=3.0), [], []
+    clock[0] = 100.0  # waiting for its turn
+    run.start()
+    for index, seconds in enumerate((2, 1, 1, 1, 6, 6), 1):  # fusing turns out to take five seconds, not three
+        clock[0] += seconds
+        run.count(SimpleNamespace(index=index), None)
+        update = run.update("denoising", "")
+        left.append(update.seconds_left), percents.append(update.percent)
+    assert left == [20, 14, 13, 12, 10, 4] and run.fuse_seconds == 5
+    assert percents == [9, 17, 23, 29, 52, 80]  # of 2 / 22, 3 / 17, 4 / 17, 5 / 17, 11 / 21 and 17 / 21 of the time
+    hasty = _Run(1, 4.0, 0, fused={0}, fuse_seconds=3.0)  # a single step tells nothing about fusing
+    hasty.count(SimpleNamespace(index=1), None)
+    assert hasty.fuse_seconds == 3
+
+
+def test_fusing_is_expected_where_views_are_fused_alone(studio, monkeypatch, tmp_path):
+    runs = []
+    monkeypatch.setattr(studio, "_in_turn", lambda run, *_: runs.append(run) or iter(()))
+    for consistency in (1.0, 0.0):
+        list(studio.generate(GenerationRequest("a box", consistency=consistency), tmp_path / "box.glb"))
+    assert [run.fused for run in runs] == [{18, 19}, set()]
 
 
 def test_done_means_a_watertight_coloured_glb_that_tells_how_it_was_made(studio, tmp_path):
