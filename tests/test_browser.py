@@ -125,7 +125,7 @@ def test_pictures_of_ones_own_become_an_object_that_turns(page, tmp_path):
             pictures.writestr(f"{i}.png", file.getvalue())
     page.click("button[role=tab]:has-text('own views')")
     page.set_input_files("#files input[type=file]", tmp_path / "box.zip")
-    page.wait_for_selector("#files >> text=box.zip")
+    page.wait_for_selector("#files .file-preview")  # the name with its ending is shown while it is sent alone
     page.fill("#ring input", "20")
     page.click("#rebuild")
     page.wait_for_selector("#status .done")
