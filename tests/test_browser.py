@@ -71,7 +71,7 @@ def page(address, browser):
 def test_a_prompt_becomes_an_object_that_turns_and_downloads(page, tmp_path):
     page.click("#settings button")
     for setting in ("num-views", "steps"):
-        page.fill(f"#{setting} input[type=number]", "6")
+        page.fill(f"#{setting} input[type=number]", "4")
         page.press(f"#{setting} input[type=number]", "Tab")
     page.uncheck("#randomize-seed input")
     page.evaluate(COLLECT_GRIDS)

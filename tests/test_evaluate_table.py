@@ -48,7 +48,7 @@ def always(kind: str, color: str, kinds: tuple[str, str] = ("box", "ball")) -> V
 
 @pytest.fixture(scope="module")
 def box():
-    cameras = Cameras.orbit(8, 20.0)
+    cameras = Cameras.orbit(6, 20.0)
     return box_views("a red box", cameras), cameras
 
 

@@ -139,7 +139,7 @@ def test_a_sample_s_operations_are_counted_for_each_view_count_and_are_as_many_a
     meter, unet = Throughput(torch.device("cpu"), matmul=1.0), pipeline.unet
     counted = {}
     for num_views in (2, 4):
-        batch = RingBatch(torch.randn(3, num_views, 4, 16, 16), Cameras.orbit(num_views), ["a"] * 3)
+        batch = RingBatch(torch.randn(3, num_views, 4, 8, 8), Cameras.orbit(num_views), ["a"] * 3)
         embeds = pipeline.encode_prompt(batch.captions)
         mixers = tuple(unet.config.mixers)
         counted[num_views] = sample_flop(meter, unet, batch, embeds, mixers)
