@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from coser.data.dataset import Ring
 from coser.pipeline import CoSERPipeline, PromptEmbeds
+from coser.whole_files import whole_file
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,8 @@ def encode_captions(pipeline: CoSERPipeline, captions: list[str], cache: Path | 
     if missing and cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
         tensors = {"states": torch.cat(list(states.values())), "lengths": torch.tensor([*map(len, states.values())])}
-        writing = cache / f"writing-captions-{os.getpid()}"
-        save_file(tensors, writing, {"captions": json.dumps(list(states))})
-        writing.rename(cache / f"{name}.safetensors")
+        with whole_file(cache / f"{name}.safetensors") as writing:
+            save_file(tensors, writing, {"captions": json.dumps(list(states))})
     return CaptionStates({caption: states[caption] for caption in sorted(unique)})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from coser.data.dataset import Ring
 from coser.data.render import load_ring
 from coser.judge import (SIZE, ViewJudge, angular_distance, azimuth_to_sector, is_janus, ring_embedding, second_front,
                          views_to_pictures)
+from coser.whole_files import whole_file
 
 TOLD_RATIO, TOLD_SHARE = 0.5, 0.8  # see `is_front_told` and `fronted_kinds`
 RING_VIEWS = 12  # of a ring that is judged
@@ -66,9 +66,8 @@ def small_rings(rings: list[Ring], cache: Path) -> list[SmallRing]:
         if not path.is_file():
             views, cameras = load_ring(ring.path)
             rgba = (views_to_pictures(views).clamp(0, 1) * 255).round().to(torch.uint8)
-            temporary = path.with_suffix(f".tmp{os.getpid()}")  # a killed run leaves no half file
-            save_file({"rgba": rgba, "azimuths": cameras.azimuths.float().contiguous()}, temporary)
-            temporary.replace(path)
+            with whole_file(path) as writing:
+                save_file({"rgba": rgba, "azimuths": cameras.azimuths.float().contiguous()}, writing)
         with safe_open(path, "pt") as file:
             out.append(SmallRing(path, ring, file.get_tensor("azimuths"), fronts[ring.asset_id]))
     return out

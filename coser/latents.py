@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import time
 import zlib
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from coser.data.dataset import Prefetched, Ring, mirror_views
 from coser.data.render import ring_to_views
 from coser.models.autoencoder import ViewAutoencoder
+from coser.whole_files import whole_file
 
 
 def weights_hash(vae_folder: Path) -> str:
@@ -61,10 +61,8 @@ def encoded_rings(vae: ViewAutoencoder, vae_folder: Path, rings: list[Ring], cac
         fresh[ring.key] = vae.views_to_latents(views).half().cpu().contiguous()
         fresh[f"{ring.key}/elevation"] = stored["elevations"].mean().reshape(1)
         if len(fresh) >= 400 or i == len(missing) or late:
-            # under its name only when whole: a killed run leaves no half file, and trainings side by side no mixed one
-            writing = cache / f"writing-{os.getpid()}"
-            save_file(fresh, writing)
-            writing.rename(cache / f"{weights}-{len(tensors):06d}.safetensors")
+            with whole_file(cache / f"{weights}-{len(tensors):06d}.safetensors") as writing:
+                save_file(fresh, writing)
             tensors |= fresh
             fresh = {}
             print(f"latents: {i}/{len(missing)} rings", flush=True)

@@ -7,6 +7,8 @@ import statistics
 import threading
 from pathlib import Path
 
+from coser.whole_files import whole_file
+
 STAGES = ("render", "autoencoder", "latents", "denoiser", "evaluation", "shards")
 
 
@@ -39,10 +41,9 @@ class Record:
     def write(self) -> None:
         with self.lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"stages": self.stages, "sessions": self.sessions}, indent=1) + "\n",
-                                 encoding="utf-8")
-            temporary.replace(self.path)
+            with whole_file(self.path) as writing:
+                writing.write_text(json.dumps({"stages": self.stages, "sessions": self.sessions}, indent=1) + "\n",
+                                   encoding="utf-8")
 
 
 def last_session(log: Path) -> list[dict]:

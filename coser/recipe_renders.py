@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from coser.data.assets import Asset, list_assets, split_assets
 from coser.data.compose import held_out_compositions, write_scenes
 from coser.data.recolor import recolor_rings
 from coser.data.render import is_rendered, render_assets
+from coser.whole_files import whole_file
 
 HELD_OUT_VIEWS = 12
 REPAINTED = "repainted.txt"  # beside the rings: the assets' copies, written when all are there
@@ -55,9 +55,8 @@ class RecipeRenders:
             render_assets(self._scenes(), self.train, self.rings, self.num_views, **sizes)
         if self.repainted and self._copies() is None and time.perf_counter() < until:
             copies = recolor_rings(self.train, rings=tuple(range(self.rings)))
-            temporary = self.train / f"{REPAINTED}.tmp{os.getpid()}"
-            temporary.write_text("".join(f"{name}\n" for name in copies), "utf-8")
-            temporary.replace(self.train / REPAINTED)
+            with whole_file(self.train / REPAINTED) as writing:
+                writing.write_text("".join(f"{name}\n" for name in copies), "utf-8")
 
     def figures(self, seconds: float = 0.0, new_rings: int = 0) -> dict:
         """What the record says of them; with seconds, also how quickly new rings came."""

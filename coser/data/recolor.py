@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import zlib
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from coser.data.dataset import Ring, list_rings
 from coser.questions import QUESTIONS, load_questions
+from coser.whole_files import whole_file
 
 # Hue (degrees) that each word names, and where it ends: both sides of a peak are looked for within it.
 HUES = {"red": (340, 16), "orange": (14, 42), "brown": (8, 46), "gold": (34, 58), "yellow": (40, 70),
@@ -191,15 +191,14 @@ def recolor_rings(renders: Path, seed: int = 0, rings: tuple[int, ...] = (0, 1))
                                               "colors": [word, *ring.colors[1:]]}
         path = renders / f"{new_id}-{ring.path.stem.rsplit('-', 1)[1]}.safetensors"
         copies[path] = ring, palette[word][draw.integers(len(palette[word]))]
-    (renders / "index.tmp").write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
-    (renders / "index.tmp").replace(renders / "index.jsonl")  # before the files: whoever lists them finds their rows
+    with whole_file(renders / "index.jsonl") as writing:  # before the rings: whoever lists them finds their rows
+        writing.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
     for path, (ring, new) in copies.items():
         if not path.is_file():
             tensors = load_file(ring.path)
             tensors["rgba"] = repaint(tensors["rgba"], worn[ring.path], new)
-            temporary = path.with_suffix(f".tmp{os.getpid()}")
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
-            temporary.replace(path)
+            with whole_file(path) as writing:
+                save_file({k: v.contiguous() for k, v in tensors.items()}, writing)
     return [path.stem.rsplit("-", 1)[0] for path in copies]
 
 

@@ -27,6 +27,7 @@ from coser.cameras import ELEVATION, Cameras
 from coser.data.assets import Asset, list_assets, load_mesh
 from coser.rasterizer import render
 from coser.views import ViewSet
+from coser.whole_files import whole_file
 
 ELEVATIONS = (0.0, 5.0, 10.0, 15.0, 25.0, 30.0)  # few, so that a training batch finds rings that share one
 
@@ -42,13 +43,12 @@ def render_ring(asset: Asset, ring: int, num_views: int = 24, size: int = 256,
 
 
 def save_ring(path: Path, views: ViewSet, cameras: Cameras) -> None:
-    """Writes to a temporary name first: a killed run leaves no half file."""
+    """Writes a ring's file; a killed run leaves no half one."""
     rgba = (torch.cat([views.views, views.masks], 1).clamp(0, 1) * 255).round().to(torch.uint8)
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
     tensors = {"rgba": rgba, "depths": views.depths.half(), "azimuths": cameras.azimuths,
                "elevations": cameras.elevations}
-    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary)
-    temporary.replace(path)
+    with whole_file(path) as writing:
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, writing)
 
 
 def ring_to_views(tensors: dict[str, Tensor]) -> ViewSet:
@@ -84,8 +84,8 @@ def render_assets(assets: list[Asset], output: Path, rings: int = 1, num_views: 
     if (output / "index.jsonl").is_file():
         known = {row["id"]: row for row in map(json.loads, (output / "index.jsonl").read_text().splitlines())}
     known |= {a.id: {k: v for k, v in asdict(a).items() if k not in ("path", "packed")} for a in assets}
-    (output / "index.tmp").write_text("".join(json.dumps(row) + "\n" for row in known.values()))
-    (output / "index.tmp").replace(output / "index.jsonl")  # a reader never sees half of it
+    with whole_file(output / "index.jsonl") as writing:
+        writing.write_text("".join(json.dumps(row) + "\n" for row in known.values()))
     jobs = [(a, ring, output / f"{a.id}-{ring}.safetensors", num_views, size, device)
             for ring in range(rings) for a in assets]
     # in an order that has nothing to do with the packs: an unfinished folder is a fair sample
