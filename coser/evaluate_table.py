@@ -20,6 +20,7 @@ from coser.benchmark import watch_run
 from coser.cameras import Cameras
 from coser.consistency import CONSISTENCY, fused_views
 from coser.data.dataset import Ring, list_rings
+from coser.data.index import read_index, write_index
 from coser.data.render import load_ring, save_ring
 from coser.devices import add_dtype_option, dtype_asked_for
 from coser.epipolar import tsed
@@ -60,16 +61,10 @@ def draw_rings(pipeline: CoSERPipeline, questions: list[Question], folder: Path,
         rows[name] = {"id": name, "object": question.object, "captions": [question.prompt],
                       "colors": [question.color] if question.color else [], "kinds": list(question.kinds),
                       "seconds": round(seconds, 4), "stages": stages}
-        (folder / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows.values()), "utf-8")
+        write_index(folder, rows.values())
         print(f"{len(rows):4} {question.prompt:32} {seconds:6.1f} s", flush=True)
     wanted = {slug(q.prompt) for q in questions}
     return [r for r in list_rings(folder) if r.asset_id in wanted]
-
-
-def read_index(folder: Path) -> dict[str, dict]:
-    """What index.jsonl says of each asset, by id; empty where there is none."""
-    index = folder / "index.jsonl"
-    return {row["id"]: row for row in map(json.loads, index.read_text("utf-8").splitlines())} if index.is_file() else {}
 
 
 def geometry_figures(views: ViewSet, cameras: Cameras) -> tuple[dict[str, float], ViewSet]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coser.data.dataset import Ring
+from coser.data.index import read_index
 from coser.data.render import load_ring
 from coser.judge import (SIZE, ViewJudge, angular_distance, azimuth_to_sector, is_janus, ring_embedding, second_front,
                          views_to_pictures)
@@ -57,8 +57,7 @@ def small_rings(rings: list[Ring], cache: Path) -> list[SmallRing]:
 
     Scenes of several kinds are left out: neither would be their name.
     """
-    index = rings[0].path.parent / "index.jsonl"
-    fronts = {row["id"]: row.get("front_known", True) for row in map(json.loads, index.read_text().splitlines())}
+    fronts = {asset: row.get("front_known", True) for asset, row in read_index(rings[0].path.parent).items()}
     cache.mkdir(parents=True, exist_ok=True)
     out = []
     for ring in (r for r in rings if not r.kinds):

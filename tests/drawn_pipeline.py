@@ -58,7 +58,7 @@ class DrawnPipeline:
             noise = self.prepare_latents(num_views, generator)
             for index in range(1, num_inference_steps + 1):
                 fade = index / num_inference_steps
-                small = ViewSet(*(F.avg_pool2d(t, 4) for t in (views.views, views.masks, views.depths)))
+                small = quarter_size(views)
                 noisy = ViewSet(fade * small.views + (1 - fade) * noise, fade * small.masks + (1 - fade), small.depths)
                 yield MultiviewStep(index, num_inference_steps, views if fade == 1 else noisy, noise, noise, cameras)
         finally:
@@ -71,6 +71,11 @@ def box_views(prompt: str, cameras: Cameras) -> ViewSet:
     color = next((rgb for word, rgb in COLORS.items() if word in prompt), (0.5, 0.5, 0.5))
     views = render(CORNERS * 0.5, FACES, torch.tensor(color).expand(len(FACES), 3, 3), cameras, 256, supersample=1)
     return ViewSet(*(0 * t for t in (views.views, views.masks, views.depths))) if prompt == NOTHING else views
+
+
+def quarter_size(views: ViewSet) -> ViewSet:
+    """A quarter of the side."""
+    return ViewSet(*(F.avg_pool2d(t, 4) for t in (views.views, views.masks, views.depths)))
 
 
 def fit_in_few_steps(monkeypatch) -> None:

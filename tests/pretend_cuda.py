@@ -1,7 +1,7 @@
 """A CUDA device that is not there: tensors said to lie on it compute on the processor, and mixing devices is an error.
 
-So what code does with devices can be tested on machines without one. Which device a tensor is said to lie on is known of
-its storage, so that views and parameters have it, too. CUDA's own kernels, memory and speed are not pretended.
+So what code does with devices can be tested on machines without one. Which device a tensor is said to lie on is known
+of its storage, so that views and parameters have it, too. CUDA's own kernels, memory and speed are not pretended.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""On CUDA: everything lies where it computes, and what comes out is what the processor makes; the device is pretended."""
+"""On CUDA, here a pretended one: everything lies where it computes, and what comes out is what the processor makes."""
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from drawn_pipeline import box_views
+from drawn_pipeline import box_views, quarter_size
 from pretend_cuda import pretend_cuda
 from safetensors.torch import load_file
 from tiny import lighten, tiny_pipeline
@@ -17,14 +16,6 @@ from coser.reconstruction.fit import fit
 from coser.train import main
 from coser.train_loop import checkpoints
 from coser.views import ViewSet
-
-
-def on_cuda(views: ViewSet) -> ViewSet:
-    return ViewSet(*(t.to("cuda") for t in (views.views, views.masks, views.depths)))
-
-
-def small(views: ViewSet) -> ViewSet:
-    return ViewSet(*(F.avg_pool2d(t, 4) for t in (views.views, views.masks, views.depths)))
 
 
 def test_what_cuda_refuses_is_refused():
@@ -45,8 +36,7 @@ def test_what_cuda_refuses_is_refused():
 
 def test_a_prompt_is_drawn_as_on_the_processor():
     def fuse(views: ViewSet, cameras: Cameras) -> ViewSet:
-        box = box_views("red", Cameras.orbit(len(cameras)))
-        return on_cuda(box) if views.views.is_cuda else box
+        return box_views("red", Cameras.orbit(len(cameras))).to(views.views.device)
 
     noise = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     asked = dict(num_views=4, num_inference_steps=2, latents=noise, consistency=0.5, fuse=fuse)
@@ -62,14 +52,14 @@ def test_a_prompt_is_drawn_as_on_the_processor():
 
 def test_views_become_the_same_surface():
     cameras = Cameras.orbit(6)
-    views = small(box_views("red", cameras))
+    views = quarter_size(box_views("red", cameras))
     expected = reconstruct(views, cameras, resolution=40, **QUICK)
     fitting = dict(resolution=32, steps=(2, 2, 1))
     fitted = fit(views, cameras, **fitting)
     with pretend_cuda():
-        found = reconstruct(on_cuda(views), cameras.to("cuda"), resolution=40, **QUICK)
-        assert fused_views(on_cuda(views), cameras.to("cuda")).views.is_cuda
-        fitted_there = fit(on_cuda(views), cameras.to("cuda"), **fitting)
+        found = reconstruct(views.to("cuda"), cameras.to("cuda"), resolution=40, **QUICK)
+        assert fused_views(views.to("cuda"), cameras.to("cuda")).views.is_cuda
+        fitted_there = fit(views.to("cuda"), cameras.to("cuda"), **fitting)
     assert np.array_equal(found.vertices, expected.vertices) and np.array_equal(found.faces, expected.faces)
     assert np.array_equal(found.vertex_colors, expected.vertex_colors)
     assert all(np.array_equal(a, b) for a, b in zip(fitted_there, fitted))

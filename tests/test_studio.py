@@ -11,7 +11,7 @@ import numpy as np
 import pygltflib
 import pytest
 import torch
-from drawn_pipeline import NOTHING, DrawnPipeline, box_views, mean_color, welded
+from drawn_pipeline import NOTHING, DrawnPipeline, box_views, mean_color, quarter_size, welded
 
 from coser.cameras import Cameras
 from coser.pipeline import CoSERPipeline
@@ -20,7 +20,6 @@ from coser.own_views import PosedViews
 from coser.request import AssetOptions, GenerationRequest
 from coser.sessions import (current_run, file_name, remove_old_runs, run_folder, session_folder, set_current_run)
 from coser.studio import TILE, Studio, _Run, grid
-from coser.views import ViewSet
 from coser.vocabulary import Verdict
 
 REQUEST = GenerationRequest("a red box", num_views=6, num_inference_steps=3)
@@ -251,7 +250,7 @@ def test_building_from_ones_own_views_can_be_stopped_and_writes_nothing(studio, 
 
 def test_previews_and_results_cover_the_same_picture():
     full = box_views("a red box", Cameras.orbit(6))
-    small = ViewSet(*(torch.nn.functional.avg_pool2d(t, 4) for t in (full.views, full.masks, full.depths)))
+    small = quarter_size(full)
     assert grid(full).width >= 3 * TILE
     assert grid(full).size == grid(small).size
 

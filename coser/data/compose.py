@@ -18,7 +18,6 @@ they are composed, too, of held-out assets: for evaluation.
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from coser.data.assets import Asset, in_unit_sphere, list_assets, load_mesh
+from coser.data.index import INDEX, write_index
 from coser.data.placing import beside, box_of, on_floor, resting_places
 from coser.data.scene_words import PORTABLE, SIDES, Part, part_of, scene_captions, scene_object
 from coser.questions import QUESTIONS, load_questions
@@ -216,8 +216,8 @@ def _joined(meshes: list[Mesh]) -> Mesh:
 def write_scenes(assets: list[Asset], folder: Path, count: int, seed: int = 0, split: str = "train",
                  held_out: Collection[tuple[str, str, str]] = ()) -> list[dict]:
     """Composes scenes into a new packed folder; returns the rows of its index. Raises ValueError where one lies."""
-    if (folder / "index.jsonl").exists():
-        raise ValueError(f"{folder} must be new or empty, but holds an index.jsonl")
+    if (folder / INDEX).exists():
+        raise ValueError(f"{folder} must be new or empty, but holds an {INDEX}")
     folder.mkdir(parents=True, exist_ok=True)
     rows, arrays = [], {}
     for i, scene in enumerate(compose(assets, count, seed, held_out)):
@@ -230,7 +230,7 @@ def write_scenes(assets: list[Asset], folder: Path, count: int, seed: int = 0, s
         if len(rows) % SHARD == 0 or len(rows) == count:
             np.savez_compressed(folder / shard, **arrays)
             arrays = {}
-    (folder / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    write_index(folder, rows)
     return rows
 
 

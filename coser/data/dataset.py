@@ -7,7 +7,6 @@ draws from the rings that were there when it was made, and no two runs see them 
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from coser.cameras import Cameras
 from coser.data.assets import last_word, with_article
+from coser.data.index import INDEX, read_index
 from coser.data.render import load_ring, ring_to_views
 from coser.views import ViewSet, views_to_channels
 
@@ -96,10 +96,9 @@ def list_rings(renders: str | Path, limit: int | None = None, min_kind_count: in
     assets neither count nor are left out. Raises ValueError when there are none.
     """
     renders = Path(renders)
-    index = renders / "index.jsonl"
-    if not index.is_file():
-        raise ValueError(f"{renders} holds no index.jsonl; make it with python -m coser.data.render ASSETS {renders}")
-    known = {row["id"]: row for row in map(json.loads, index.read_text().splitlines())}
+    if not (renders / INDEX).is_file():
+        raise ValueError(f"{renders} holds no {INDEX}; make it with python -m coser.data.render ASSETS {renders}")
+    known = read_index(renders)
     rings = []
     for path in sorted(renders.glob("*.safetensors")):
         asset_id = path.stem.rsplit("-", 1)[0]

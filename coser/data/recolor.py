@@ -9,7 +9,6 @@ never painted, so that a model can be asked for what it has never seen.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import zlib
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coser.data.dataset import Ring, list_rings
+from coser.data.index import read_index, write_index
 from coser.questions import QUESTIONS, load_questions
 from coser.whole_files import whole_file
 
@@ -163,7 +163,7 @@ def recolor_rings(renders: Path, seed: int = 0, rings: tuple[int, ...] = (0, 1))
     assets that natively wear it. Copies that exist are kept.
     """
     found = [r for r in list_rings(renders) if "~" not in r.asset_id and int(r.path.stem.rsplit("-", 1)[1]) in rings]
-    rows = {row["id"]: row for row in map(json.loads, (renders / "index.jsonl").read_text().splitlines())}
+    rows = read_index(renders)
     held_out = held_out_pairs()
     worn: dict[Path, Paint] = {}
     palette: dict[str, list[Paint]] = {word: [] for word in TARGETS}
@@ -191,8 +191,7 @@ def recolor_rings(renders: Path, seed: int = 0, rings: tuple[int, ...] = (0, 1))
                                               "colors": [word, *ring.colors[1:]]}
         path = renders / f"{new_id}-{ring.path.stem.rsplit('-', 1)[1]}.safetensors"
         copies[path] = ring, palette[word][draw.integers(len(palette[word]))]
-    with whole_file(renders / "index.jsonl") as writing:  # before the rings: whoever lists them finds their rows
-        writing.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+    write_index(renders, rows.values())  # before the rings: whoever lists them finds their rows
     for path, (ring, new) in copies.items():
         if not path.is_file():
             tensors = load_file(ring.path)

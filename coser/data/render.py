@@ -9,7 +9,6 @@ Files that exist are kept, so an interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from coser.cameras import ELEVATION, Cameras
 from coser.data.assets import Asset, list_assets, load_mesh
+from coser.data.index import read_index, write_index
 from coser.rasterizer import render
 from coser.views import ViewSet
 from coser.whole_files import whole_file
@@ -80,12 +80,9 @@ def render_assets(assets: list[Asset], output: Path, rings: int = 1, num_views: 
     stops, finished or not; the next call goes on.
     """
     output.mkdir(parents=True, exist_ok=True)
-    known = {}
-    if (output / "index.jsonl").is_file():
-        known = {row["id"]: row for row in map(json.loads, (output / "index.jsonl").read_text().splitlines())}
+    known = read_index(output)
     known |= {a.id: {k: v for k, v in asdict(a).items() if k not in ("path", "packed")} for a in assets}
-    with whole_file(output / "index.jsonl") as writing:
-        writing.write_text("".join(json.dumps(row) + "\n" for row in known.values()))
+    write_index(output, known.values())
     jobs = [(a, ring, output / f"{a.id}-{ring}.safetensors", num_views, size, device)
             for ring in range(rings) for a in assets]
     # in an order that has nothing to do with the packs: an unfinished folder is a fair sample
