@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from coser.optimizer import MasterOptimizer, schedule
+from coser.optimizer import BatchedMuon, MasterOptimizer, schedule
 
 
 def model(seed=0, dtype=torch.float32):
@@ -39,7 +39,7 @@ def test_a_training_that_stops_and_goes_on_ends_with_the_same_bits(use_muon):
 
 def test_matrices_go_to_muon_and_the_rest_to_adamw():
     state = MasterOptimizer(model())
-    assert [type(o).__name__ for o in state.optimizers] == ["AdamW", "Muon"]
+    assert [type(o).__name__ for o in state.optimizers] == ["AdamW", "BatchedMuon"]
     assert {tuple(p.shape) for p in state.optimizers[1].param_groups[0]["params"]} == {(16, 27), (8, 16)}
     assert [type(o).__name__ for o in MasterOptimizer(model(), use_muon=False).optimizers] == ["AdamW"]
 
@@ -52,6 +52,24 @@ def test_muon_moves_every_direction_of_a_matrix_alike():
     optimizer.step()
     values = torch.linalg.svdvals(net.weight.detach() - before)
     assert float(values.max() / values.min()) < 2.5
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-5), (torch.float32, 0.05)], ids=str)
+def test_matrices_taken_together_move_as_torch_s_muon_moves_them(dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(16, 27), (16, 27), (32, 8), (8, 8), (16, 27)]
+    ours = [torch.randn(s, generator=generator) for s in shapes]
+    theirs = [p.clone() for p in ours]
+    optimizers = [BatchedMuon(ours, lr=0.1, weight_decay=0.1, dtype=dtype),
+                  torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")]
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = b.grad = torch.randn(a.shape, generator=generator)
+        before = [p.clone() for p in ours]
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, old in zip(ours, theirs, before):  # torch's own iterates in bfloat16 always
+        assert float((a - b).norm() / (a - old).norm()) < tolerance
 
 
 def test_adamw_alone_equals_torch_s_adamw():
