@@ -58,14 +58,15 @@ def add_common_options(parser: argparse.ArgumentParser, presets: list[str]) -> N
     parser.add_argument("--minutes", type=float, help="end after so many minutes of training")
     parser.add_argument("--processor-time", action="store_true", help="minutes of computing on a processor instead of "
                         "the clock's: for comparisons on a machine that also does other work")
-    parser.add_argument("--lr", type=float, help="learning rate, else the preset's")
+    parser.add_argument("--lr", type=float, help="learning rate, else the preset's for the optimiser")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="train on the first so many rings only")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add_dtype_option(parser)
     parser.add_argument("--data-on-device", action=argparse.BooleanOptionalAction, default=False,
                         help="keep the whole data set on the device")
-    parser.add_argument("--muon", action="store_true", help="Muon for matrices instead of AdamW for all weights")
+    parser.add_argument("--muon", action=argparse.BooleanOptionalAction, default=True,
+                        help="Muon for matrices instead of AdamW for all weights")
     parser.add_argument("--save-every", type=int, default=500)
     parser.add_argument("--save-minutes", type=float, help="save and evaluate also after so many minutes")
     parser.add_argument("--evaluate-every", type=int, default=500)

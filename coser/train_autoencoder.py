@@ -13,17 +13,17 @@ from torch import Tensor
 
 from coser.data.dataset import Prefetched, Ring, ViewBatches, held_out_views, list_rings
 from coser.models.autoencoder import ViewAutoencoder
-from coser.optimizer import MasterOptimizer
+from coser.optimizer import MasterOptimizer, learning_rate
 from coser.train_loop import Log, Options, train_loop
 from coser.views import (ViewSet, channels_to_views, depths_to_uint8, picture_grid, views_to_channels,
                          views_to_uint8)
 
 VERB = "autoencoder"
 PRESETS = {
-    "small": dict(model={}, batch_size=16, lr=1e-3),
+    "small": dict(model={}, batch_size=16, lr=1e-3, muon_lr=3e-3),
     "tiny": dict(model=dict(latent_channels=4, channels=(16, 16, 16), encoder_blocks=(1, 1, 1),
                             decoder_blocks=(1, 1, 1)),
-                 batch_size=2, lr=1e-3),
+                 batch_size=2, lr=1e-3, muon_lr=3e-3),
 }
 OBJECT_WEIGHT = 4.0  # most pixels are background: unweighted, the model collapses to it
 DEPTH_WEIGHT = 2.5
@@ -128,7 +128,9 @@ def run(options: argparse.Namespace, loop: Options) -> None:
         model.encoder.requires_grad_(False)
         started = ViewAutoencoder.load_config(options.start)
         model.register_to_config(latent_mean=started["latent_mean"], latent_std=started["latent_std"])
-    optimizer = MasterOptimizer(model, lr=options.lr or preset["lr"], use_muon=options.muon)
+    lr = learning_rate(preset, options.muon, options.lr)
+    optimizer = MasterOptimizer(model, lr=lr, use_muon=options.muon)
+
     def rings_so_far() -> list[Ring]:
         return list_rings(options.renders, options.limit)
 

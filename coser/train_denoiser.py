@@ -25,7 +25,7 @@ from coser.models.block import NEEDS_WEIGHTS, MultiviewTransformerBlock
 from coser.models.resnet import ResnetBlock
 from coser.models.text_encoder import SentenceTextEncoder, load_tokenizer
 from coser.models.unet import MultiviewUNet
-from coser.optimizer import MasterOptimizer
+from coser.optimizer import MasterOptimizer, learning_rate
 from coser.pipeline import CoSERPipeline, PromptEmbeds
 from coser.throughput import Throughput
 from coser.train_loop import Log, Options, train_loop
@@ -46,14 +46,14 @@ def unet_config(channels: tuple[int, ...], layers: int, heads: tuple[int, ...], 
 PRESETS = {
     "small": dict(model=dict(unet=unet_config((128, 192, 192), 1, (4, 6, 6)), pooled_dim=384, mixer_ratio=0.34,
                              scan_ratio=0.67),
-                  views_per_batch=36, view_counts=(4, 6, 8, 12), lr=6e-4),
+                  views_per_batch=36, view_counts=(4, 6, 8, 12), lr=6e-4, muon_lr=2e-3),
     # for comparisons of many short trainings: 40 to 60 views a second on one core without AMX
     "mini": dict(model=dict(unet=unet_config((32, 64, 96), 1, (1, 2, 3)), pooled_dim=384, mixer_head_size=32,
                             scan_head_size=32),
-                 views_per_batch=36, view_counts=(4, 6, 12), lr=1e-3),
+                 views_per_batch=36, view_counts=(4, 6, 12), lr=1e-3, muon_lr=4e-3),
     "tiny": dict(model=dict(unet=unet_config((16, 16), 1, (1, 1), 4), pooled_dim=384, mixer_head_size=16,
                             scan_head_size=16, scan_state_size=8),
-                 views_per_batch=4, view_counts=(2, 4), lr=1e-3),
+                 views_per_batch=4, view_counts=(2, 4), lr=1e-3, muon_lr=4e-3),
 }
 DROP_TEXT = 0.1
 DROP_MIXER = 0.1
@@ -200,7 +200,8 @@ def run(options: argparse.Namespace, loop: Options) -> None:
                           options.views_per_batch or preset["views_per_batch"], DROP_TEXT,
                           depths_of(rings) if options.correspondence else None)
     overheard = Overheard(unet) if options.correspondence or options.dispersion else None
-    optimizer = MasterOptimizer(unet, lr=options.lr or preset["lr"], ema_decay=options.ema, use_muon=options.muon)
+    lr = learning_rate(preset, options.muon, options.lr)
+    optimizer = MasterOptimizer(unet, lr=lr, ema_decay=options.ema, use_muon=options.muon)
     if options.compile:
         compile_parts(unet)
     print(f"denoiser: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters, {options.dtype} on "

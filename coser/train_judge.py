@@ -31,13 +31,14 @@ from coser.devices import choose_dtype
 from coser.judge import SECTORS, ViewJudge, azimuth_to_sector, sentence_states
 from coser.judge_figures import (SmallRing, fit_janus_rule, fronted, fronted_kinds, is_repainted, janus_figures,
                                  judge_rings, shape_of, side_figures, small_rings, word_figures)
-from coser.optimizer import MasterOptimizer
+from coser.optimizer import MasterOptimizer, learning_rate
 from coser.train_loop import Log, Options, train_loop
 
 VERB = "judge"
 PRESETS = {
-    "small": dict(model={}, batch_size=64, lr=1.5e-3),
-    "tiny": dict(model=dict(channels=(16, 16, 16), blocks=(1, 1, 1), embedding_dim=16), batch_size=4, lr=1e-3),
+    "small": dict(model={}, batch_size=64, lr=1.5e-3, muon_lr=4e-3),
+    "tiny": dict(model=dict(channels=(16, 16, 16), blocks=(1, 1, 1), embedding_dim=16), batch_size=4, lr=1e-3,
+                 muon_lr=3e-3),
 }
 HELD_OUT_SHARE = 10  # one training asset in so many is kept aside, for figures about kinds that were trained on
 # generated views are soft, a little noisy and not quite in place
@@ -253,7 +254,8 @@ def run(options: argparse.Namespace, loop: Options) -> None:
         judge.load_state_dict({k: v for k, v in start.items() if not k.endswith("_states")}, strict=False)
     judge.read_words()
     judge = judge.to(options.device, getattr(torch, options.dtype), memory_format=torch.channels_last)
-    optimizer = MasterOptimizer(judge, lr=options.lr or preset["lr"], ema_decay=EMA, use_muon=options.muon)
+    lr = learning_rate(preset, options.muon, options.lr)
+    optimizer = MasterOptimizer(judge, lr=lr, ema_decay=EMA, use_muon=options.muon)
     upcoming = Prefetched(JudgeBatches(rings, kinds, colors, texts, options.batch_size or preset["batch_size"],
                                        options.seed))
     print(f"judge: {sum(p.numel() for p in judge.parameters()) / 1e6:.2f} M parameters, {options.dtype} on "

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from coser.optimizer import BatchedMuon, MasterOptimizer, schedule
+from coser import train_autoencoder, train_denoiser, train_judge
+from coser.optimizer import BatchedMuon, MasterOptimizer, learning_rate, schedule
 
 
 def model(seed=0, dtype=torch.float32):
@@ -160,6 +161,13 @@ def test_a_state_of_another_model_or_optimiser_is_refused():
         MasterOptimizer(wider).load_state(trained.state())
     with pytest.raises(ValueError, match="AdamW and Muon"):
         MasterOptimizer(model(), use_muon=False).load_state(trained.state())
+
+
+@pytest.mark.parametrize("module", [train_autoencoder, train_denoiser, train_judge])
+def test_each_optimiser_has_a_rate_of_its_own_unless_one_is_asked_for(module):
+    for preset in module.PRESETS.values():
+        assert learning_rate(preset, muon=False) == preset["lr"] < learning_rate(preset, muon=True)
+        assert learning_rate(preset, muon=True, asked=0.5) == learning_rate(preset, muon=False, asked=0.5) == 0.5
 
 
 def test_the_rate_warms_up_stays_and_falls():
