@@ -29,8 +29,9 @@ EXAMPLES = Path(__file__).parent / "examples" / "gallery"
 CSS = Path(__file__).with_name("app.css")
 DEFAULTS = GenerationRequest(prompt="a red barrel")
 ASSET = AssetOptions()
-MIXER_NAMES = [("Adjacent attention", "adjacent"), ("Trajectory attention", "trajectory"),
-               ("Rapid Glance (Mamba scan)", "glance"), ("Rectification (score attention)", "rectification")]
+MIXER_NAMES = {"adjacent": "Adjacent attention", "trajectory": "Trajectory attention",
+               "glance": "Rapid Glance (Mamba scan)", "rectification": "Rectification (score attention)",
+               "dense": "Dense attention", "temporal": "Same-place attention"}
 PICTURES = [".png", ".jpg", ".jpeg", ".webp", ".zip", ".json"]
 
 THEME = gr.themes.Soft(
@@ -56,8 +57,8 @@ def gpu_seconds(prompt, num_views, guidance_scale, num_inference_steps, *_) -> i
     return int(max(10, min(60, 10 + 0.02 * num_views * num_inference_steps)))
 
 
-def setting_inputs() -> list[gr.components.Component]:
-    """The sliders, in the order of GenerationRequest's fields after the prompt."""
+def setting_inputs(mixers: tuple[str, ...]) -> list[gr.components.Component]:
+    """The sliders, in the order of GenerationRequest's fields after the prompt. mixers: what the checkpoint has."""
     num_views = gr.Slider(*NUM_VIEWS, DEFAULTS.num_views, step=1, label="Views", info="a ring around it",
                           elem_id="num-views")
     guidance_scale = gr.Slider(*GUIDANCE_SCALE, DEFAULTS.guidance_scale, step=0.5, label="Guidance",
@@ -72,9 +73,10 @@ def setting_inputs() -> list[gr.components.Component]:
         randomize = gr.Checkbox(True, label="New seed every time", container=False, elem_id="randomize-seed")
     consistency = gr.Slider(*CONSISTENCY, DEFAULTS.consistency, step=0.1, label="Consistency",
                             info="fuse views while drawing", elem_id="consistency")
-    mixers = gr.CheckboxGroup(MIXER_NAMES, value=list(DEFAULTS.mixers), label="Modules between views",
-                              info="switch one off to see what it does", elem_id="mixers")
-    return [num_views, guidance_scale, steps, elevation, seed, randomize, consistency, mixers]
+    modules = gr.CheckboxGroup([(MIXER_NAMES[name], name) for name in mixers], value=list(mixers),
+                               label="Modules between views", info="switch one off to see what it does",
+                               elem_id="mixers")
+    return [num_views, guidance_scale, steps, elevation, seed, randomize, consistency, modules]
 
 
 def asset_inputs() -> list[gr.components.Component]:
@@ -113,7 +115,7 @@ def build_app(studio: Studio, root: Path) -> gr.Blocks:
                                      columns=12, allow_preview=False, object_fit="contain", interactive=False,
                                      container=False, buttons=[], visible=bool(examples), elem_id="examples")
                 with gr.Accordion("Settings", open=False, elem_id="settings"), gr.Row():
-                    settings = setting_inputs()
+                    settings = setting_inputs(studio.mixers)
             with gr.Tab("From your own views", elem_id="own"):
                 with gr.Row():
                     files = gr.File(label="Pictures of one object from all around, or a zip of them", scale=3,

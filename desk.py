@@ -13,7 +13,7 @@ from coser.examples import Example
 from coser.finishing import FinishedAsset, load_finished, save_finished
 from coser.own_views import load_views
 from coser.reconstruction.exports import FORMATS, export
-from coser.request import AssetOptions, GenerationRequest
+from coser.request import MODULES, AssetOptions, GenerationRequest
 from coser.sessions import current_run, file_name, remove_old_runs, run_folder, session_folder, set_current_run
 from coser.studio import RunUpdate, Studio
 
@@ -77,7 +77,7 @@ class Desk:
         prompt: 1 to 300 characters. num_views: 4 to 24. guidance_scale: 1 to 12. num_inference_steps: 1 to 50.
         elevation: 0 to 30 degrees. seed: 0 to 2147483647, drawn anew with randomize_seed and reported back.
         consistency: 0 to 1, how much of the views is replaced by the object they make together, at some steps.
-        mixers: which modules between the views work, some of adjacent, trajectory, glance and rectification.
+        mixers: which of the checkpoint's modules between the views work: {mixers}.
         max_faces: 500 to 200000. texture_size: 512, 1024, 2048 or 4096. coloring: texture or vertices. origin: feet
         or center. longest_side: 0.01 to 100 metres.
         """
@@ -176,9 +176,10 @@ class Desk:
         message = (f"Pre-made example, drawn earlier by the checkpoint “{example.checkpoint}” (seed {asked.seed}). "
                    "Generate draws it now.")
         return (asked.prompt, asked.num_views, asked.guidance_scale, asked.num_inference_steps, asked.elevation,
-                asked.seed, False, asked.consistency, list(asked.mixers), status_line("example", message),
-                str(example.views), str(example.glb), gr.DownloadButton(value=str(example.glb), interactive=True),
-                nothing_ready(), mesh_shown(False), *[gr.Button(interactive=False)] * 2)
+                asked.seed, False, asked.consistency, list(self.studio.mixers_for(asked)),
+                status_line("example", message), str(example.views), str(example.glb),
+                gr.DownloadButton(value=str(example.glb), interactive=True), nothing_ready(), mesh_shown(False),
+                *[gr.Button(interactive=False)] * 2)
 
     def stop(self, request: gr.Request):
         """Ask the session's run to end after the step it is in."""
@@ -202,6 +203,7 @@ class Desk:
 
 
 Desk.export.__doc__ = Desk.export.__doc__.format(formats=", ".join(FORMATS))
+Desk.generate.__doc__ = Desk.generate.__doc__.format(mixers=", ".join(MODULES))
 
 
 def something_ready() -> gr.File:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from coser.own_views import PosedViews, load_views
 from coser.reconstruction.exports import FORMATS, export
-from coser.request import (COLORING, ELEVATION, MAX_FACES, ORIGINS, TEXTURE_SIZES, AssetOptions, GenerationRequest)
+from coser.request import (COLORING, ELEVATION, MAX_FACES, MODULES, ORIGINS, TEXTURE_SIZES, AssetOptions,
+                           GenerationRequest)
 from coser.sessions import file_name
 from coser.studio import SMALL, RunUpdate, Studio, log_to_terminal
 
@@ -74,8 +75,8 @@ def parser() -> argparse.ArgumentParser:
     drawing.add_argument("--consistency", type=float, default=DEFAULTS.consistency,
                          help="how much of the views to replace by the object they make together, at some "
                          "steps, 0 to 1 (default %(default)s)")
-    drawing.add_argument("--mixers", nargs="*", default=DEFAULTS.mixers, metavar="MIXER",
-                         help=f"the modules between views that work (default: {' '.join(DEFAULTS.mixers)})")
+    drawing.add_argument("--mixers", nargs="*", metavar="MIXER", help="the modules between views that work, of "
+                         f"{', '.join(MODULES)} (default: all that the checkpoint has)")
     drawing.add_argument("--negative-prompt", default=DEFAULTS.negative_prompt, help="what to keep away from")
     drawing.add_argument("--checkpoint", default=SMALL, help="a folder in diffusers layout (the shipped one)")
     drawing.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
@@ -104,7 +105,7 @@ def request(args: argparse.Namespace) -> GenerationRequest:
         guidance_scale=args.guidance_scale, num_inference_steps=args.num_inference_steps,
         elevation=DEFAULTS.elevation if args.elevation is None else args.elevation, seed=args.seed,
         randomize_seed=args.randomize_seed, consistency=args.consistency,
-        negative_prompt=args.negative_prompt, mixers=tuple(args.mixers)).with_drawn_seed()
+        negative_prompt=args.negative_prompt, mixers=args.mixers).with_drawn_seed()
 
 
 def own_views(args: argparse.Namespace) -> PosedViews:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from coser.cameras import ELEVATION
 from coser.consistency import CONSISTENCY as DEFAULT_CONSISTENCY
-from coser.models.unet import MIXERS
+from coser.models.block import BASELINES, MIXERS
 from coser.pipeline import ELEVATIONS, NUM_VIEWS
 
 PROMPT_LENGTH = (1, 300)  # characters; the pipeline reads the first 64 tokens, so hardly a word of these is lost
@@ -20,6 +20,7 @@ MAX_FACES = (500, 200_000)
 TEXTURE_SIZES = (512, 1024, 2048, 4096)  # pixels a side
 COLORING = ("texture", "vertices")
 ORIGINS = ("feet", "center")
+MODULES = (*MIXERS, *BASELINES)  # that a checkpoint may have between its views
 LONGEST_SIDE = (0.01, 100.0)  # metres
 
 
@@ -31,7 +32,8 @@ class GenerationRequest:
     num_inference_steps: 1 to 50. elevation: 0 to 30 degrees. seed: 0 to 2**31 - 1; with `randomize_seed` it is drawn
     anew and the drawn one is reported back. consistency: 0 to 1, how much of the views is replaced by the object
     that they make together, at some steps. negative_prompt: at most 300 characters. mixers: the modules between views
-    that work, some of adjacent, trajectory, glance and rectification; those left out are switched off.
+    that work, some of adjacent, trajectory, glance, rectification, dense and temporal; those of the checkpoint that are
+    left out are switched off. None: all that it has.
     """
 
     prompt: str
@@ -43,7 +45,7 @@ class GenerationRequest:
     randomize_seed: bool = False
     consistency: float = DEFAULT_CONSISTENCY
     negative_prompt: str = ""
-    mixers: tuple[str, ...] = MIXERS
+    mixers: tuple[str, ...] | None = None
 
     def __post_init__(self):
         checked = {
@@ -55,7 +57,7 @@ class GenerationRequest:
             "seed": _whole("seed", self.seed, *SEED),
             "consistency": _number("consistency", self.consistency, *CONSISTENCY),
             "negative_prompt": _text("negative_prompt", self.negative_prompt, 0, PROMPT_LENGTH[1]),
-            "mixers": _some_of("mixers", self.mixers, MIXERS),
+            "mixers": None if self.mixers is None else _some_of("mixers", self.mixers, MODULES),
         }
         if not isinstance(self.randomize_seed, bool):
             raise ValueError(f"randomize_seed must be true or false, got {_shown(self.randomize_seed)}")

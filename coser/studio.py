@@ -25,7 +25,6 @@ from coser.consistency import fused_views
 from coser.devices import choose_device, choose_dtype
 from coser.finishing import FinishedAsset, finish_asset
 from coser.models.ssm import scan_backend
-from coser.models.unet import MIXERS
 from coser.own_views import PosedViews
 from coser.pipeline import CoSERPipeline, MultiviewStep, fused_steps
 from coser.reconstruction import stream_surface
@@ -109,7 +108,7 @@ class Studio:
         built and one at the end. `should_stop` is asked between them; a stopped run ends with stage "stopped" and
         writes nothing. Raises ValueError when the views hold nothing that a mesh could be made of.
         """
-        request = request.with_drawn_seed()
+        request = replace(request.with_drawn_seed(), mixers=self.mixers_for(request))
         fused = fused_steps(request.num_inference_steps) if request.consistency else set()
         run = _Run(request.num_inference_steps, self._finish_seconds, request.seed, fused, self._fuse_seconds)
         yield from self._in_turn(run, should_stop,
@@ -242,13 +241,16 @@ class Studio:
             request.prompt, num_views=request.num_views, elevation=request.elevation,
             guidance_scale=request.guidance_scale, num_inference_steps=request.num_inference_steps,
             negative_prompt=request.negative_prompt, generator=generator_of(request), consistency=request.consistency,
-            fuse=fused_views, mixers=self._mixers(request))
+            fuse=fused_views, mixers=request.mixers)
 
-    def _mixers(self, request: GenerationRequest) -> tuple[str, ...] | None:
-        """The checkpoint's mixers without those that the request leaves out; None: all of them."""
-        if request.mixers == MIXERS:
-            return None
-        return tuple(name for name in self.pipeline.unet.config.mixers if name in request.mixers or name not in MIXERS)
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """The modules between views that the checkpoint has."""
+        return tuple(self.pipeline.unet.config.mixers)
+
+    def mixers_for(self, request: GenerationRequest) -> tuple[str, ...]:
+        """Those of them that work where `request` is drawn."""
+        return tuple(name for name in self.mixers if request.mixers is None or name in request.mixers)
 
 
 class _Run:

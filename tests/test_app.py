@@ -3,6 +3,7 @@
 import re
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,9 @@ import app
 import desk as desks
 from coser.cameras import Cameras
 from coser.examples import load_examples
+from coser.models.block import MIXERS
 from coser.pipeline import CoSERPipeline
+from coser.request import MODULES
 from coser.studio import Studio
 
 ASSET = {"max_faces": 500, "texture_size": 512}
@@ -155,8 +158,10 @@ def test_visitors_at_the_same_time_get_their_own_objects(visitor):
 
 @pytest.fixture
 def desk(tmp_path):
-    """The page's events, around no studio at all: what needs one fails."""
-    return desks.Desk(None, tmp_path, load_examples(app.EXAMPLES))
+    """The page's events, around a studio that knows what modules there are and draws nothing."""
+    studio = SimpleNamespace(mixers=MODULES)
+    studio.mixers_for = partial(Studio.mixers_for, studio)
+    return desks.Desk(studio, tmp_path, load_examples(app.EXAMPLES))
 
 
 def choose(desk, index):
@@ -173,6 +178,12 @@ def test_a_chosen_example_fills_the_fields_with_what_it_was_made_from(desk):
         assert (views, model) == (str(example.views), str(example.glb))
         assert Path(download.value["path"]).read_bytes() == example.glb.read_bytes()
         assert "Pre-made example" in status["message"] and f"“{example.checkpoint}”" in status["message"]
+
+
+def test_the_page_offers_the_modules_of_its_checkpoint(client):
+    mixers = next(c for c in client.config["components"] if c["props"].get("elem_id") == "mixers")
+    assert [value for _, value in mixers["props"]["choices"]] == mixers["props"]["value"] == list(MIXERS)
+    assert app.MIXER_NAMES.keys() == set(MODULES)
 
 
 def test_the_gallery_shows_every_example_under_its_prompt(client):

@@ -10,13 +10,15 @@ from drawn_pipeline import DrawnPipeline, welded
 from PIL import Image
 
 from coser.examples import load_example, load_examples, main, make_examples, weights_hash
+from coser.models.block import MIXERS
 from coser.pipeline import CoSERPipeline
 from coser.request import GenerationRequest
 from coser.studio import SMALL, TILE, Studio
 from coser.views import grid_columns
 
 FOLDER = Path(__file__).parent.parent / "examples"
-REQUESTS = [GenerationRequest(f"a {color} box", num_views=6, num_inference_steps=2) for color in ("red", "blue")]
+REQUESTS = [GenerationRequest(f"a {color} box", num_views=6, num_inference_steps=2, mixers=("adjacent", "glance"))
+            for color in ("red", "blue")]
 SHIPPED = load_examples(FOLDER / "gallery")
 
 
@@ -85,7 +87,8 @@ def test_the_command_draws_a_list_of_prompts(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(CoSERPipeline, "from_pretrained", lambda *args, **kwargs: DrawnPipeline())
     (tmp_path / "list.txt").write_text("a red box\n\n")
     main([str(tmp_path / "list.txt"), str(tmp_path / "out"), "--checkpoint", "tests/drawn", "--seed", "3"])
-    assert [e.request for e in load_examples(tmp_path / "out")] == [GenerationRequest("a red box", seed=3)]
+    assert [e.request for e in load_examples(tmp_path / "out")] == [
+        GenerationRequest("a red box", seed=3, mixers=MIXERS)]
     assert "a-red-box-3.glb" in capsys.readouterr().out
 
 

@@ -22,7 +22,7 @@ from coser.sessions import (current_run, file_name, remove_old_runs, run_folder,
 from coser.studio import TILE, Studio, _Run, grid
 from coser.vocabulary import Verdict
 
-REQUEST = GenerationRequest("a red box", num_views=6, num_inference_steps=3)
+REQUEST = GenerationRequest("a red box", num_views=6, num_inference_steps=3, mixers=MIXERS)
 QUICK = AssetOptions(max_faces=500, texture_size=512)
 
 
@@ -204,10 +204,16 @@ def test_known_words_and_checkpoints_without_a_vocabulary_bring_no_note(studio, 
 
 
 def test_a_mixer_that_is_left_out_is_switched_off(studio, tmp_path):
-    for asked, passed in ((MIXERS, None), (["rectification", "adjacent"], ("adjacent", "rectification")), ((), ())):
+    for asked, passed in ((None, MIXERS), (["temporal", "rectification", "adjacent"], ("adjacent", "rectification")),
+                          ((), ())):
         with closing(studio.generate(replace(REQUEST, mixers=asked), tmp_path / "box.glb")) as run:
             next(run), next(run), next(run)
         assert studio.pipeline.mixers == passed
+
+
+def test_the_run_file_tells_which_modules_worked(studio, tmp_path):
+    done = list(studio.generate(replace(REQUEST, mixers=None), tmp_path / "box.glb", options=QUICK))[-1]
+    assert json.loads(done.run_file.read_text())["settings"]["mixers"] == list(MIXERS)
 
 
 def test_another_budget_and_coloring_are_made_without_drawing_again(studio, tmp_path, monkeypatch):
