@@ -49,21 +49,22 @@ def small_scheduler(shift: float = SHIFT) -> DPMSolverMultistepScheduler:
 
 def flow_loss(unet: MultiviewUNet, batch: RingBatch, embeds: PromptEmbeds, generator: torch.Generator,
               mixers: tuple[str, ...] | None = None, levels: Tensor | None = None,
-              weighting: str = "flow") -> Tensor:
+              weighting: str = "flow", share: slice = slice(None)) -> Tensor:
     """Mean squared error of the predicted flow (noise - clean) at noise levels [B], drawn where not given; a scalar.
 
-    weighting: see `level_weights`. On a GPU the noise is drawn there, from the generator's seed: a processor takes as
+    weighting: see `level_weights`. share: which of the batch's samples are asked, where other processes ask the others;
+    each gets the noise that it would get among all. On a GPU the noise is drawn there, from the generator's seed: a processor takes as
     long for it as the GPU for all.
     """
     levels = noise_levels(len(batch.latents), generator) if levels is None else levels
     if unet.device.type == "cuda":
         generator = torch.Generator(unet.device).manual_seed(generator.initial_seed())
     noise = torch.randn(batch.latents.shape, generator=generator, device=generator.device)
-    clean, noise = batch.latents.to(unet.device), noise.to(unet.device)
+    clean, noise, levels = batch.latents[share].to(unet.device), noise[share].to(unet.device), levels[share]
     sigma = levels.to(unet.device)[:, None, None, None, None]
     noisy = (1 - sigma) * clean + sigma * noise
-    predicted = unet(noisy.to(unet.dtype), levels.to(unet.device) * 1000, embeds.states, batch.cameras,
-                     pooled=embeds.pooled if unet.config.pooled_dim else None,
-                     attention_mask=embeds.mask, mixers=mixers)
+    predicted = unet(noisy.to(unet.dtype), levels.to(unet.device) * 1000, embeds.states[share], batch.cameras,
+                     pooled=embeds.pooled[share] if unet.config.pooled_dim else None,
+                     attention_mask=embeds.mask[share], mixers=mixers)
     errors = (predicted.float() - (noise - clean)).square().mean((1, 2, 3, 4))
     return (level_weights(levels, weighting).to(errors) * errors).mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 import zlib
@@ -20,8 +21,13 @@ from coser.whole_files import whole_file
 
 
 def weights_hash(vae_folder: Path) -> str:
-    """What files of an autoencoder's latents are named after."""
-    return hashlib.sha256((vae_folder / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[:16]
+    """What files of an autoencoder's latents are named after: all that these depend on, which leaves out its decoder."""
+    config = ViewAutoencoder.load_config(vae_folder)
+    digest = hashlib.sha256(json.dumps([config.get("latent_mean"), config.get("latent_std")]).encode())
+    for name, weight in sorted(load_file(vae_folder / "diffusion_pytorch_model.safetensors").items()):
+        if name.startswith("encoder."):
+            digest.update(name.encode() + weight.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @torch.no_grad()

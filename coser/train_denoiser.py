@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -26,8 +27,9 @@ from coser.models.resnet import ResnetBlock
 from coser.models.text_encoder import SentenceTextEncoder, load_tokenizer
 from coser.models.unet import MultiviewUNet
 from coser.optimizer import MasterOptimizer, learning_rate
+from coser.peers import Peers, train_together
 from coser.pipeline import CoSERPipeline, PromptEmbeds
-from coser.throughput import Throughput
+from coser.throughput import Throughput, rate_here
 from coser.train_loop import Log, Options, train_loop
 from coser.views import picture_grid, views_to_uint8
 
@@ -76,6 +78,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="train on the mirror images of all rings, too")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the UNet's "
                         "parts, for each view count anew; needs a C++ compiler, on CUDA Triton")
+    parser.add_argument("--processes", type=int, default=1, help="that share every batch and the processor's threads: "
+                        "as many as there are cores are the quickest")
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
     parser.add_argument("--model", type=json.loads, default={}, metavar="JSON", help="arguments of MultiviewUNet in "
                         "place of the preset's; those below \"unet\" join the preset's")
@@ -188,27 +192,35 @@ def prepare(options: argparse.Namespace, pipeline: CoSERPipeline, until: float =
 
 def run(options: argparse.Namespace, loop: Options) -> None:
     """The whole training from parsed options."""
+    train_together(train, options.processes, options.device, options, loop)
+
+
+def train(options: argparse.Namespace, loop: Options, peers: Peers) -> None:
+    """`run` as one of its processes."""
     preset = PRESETS[options.preset]
     torch.manual_seed(options.seed)
     stored_vae, vae = load_autoencoder(options)
     pipeline = small_pipeline(options, vae, latent_size(list_rings(options.renders)[0]))
-    unet, data = pipeline.unet, prepare(options, pipeline)
+    with peers.first_goes_ahead():
+        unet, data = pipeline.unet, prepare(options, pipeline)
     rings, held_out, texts, latents = data.rings, data.held_out, data.texts, data.latents
     if options.data_on_device:
         latents, texts = torch.stack(latents).to(options.device), texts.on(options.device)
     batches = LatentRings(rings, latents, data.elevations, options.seed, view_counts_of(options, len(latents[0])),
                           options.views_per_batch or preset["views_per_batch"], DROP_TEXT,
-                          depths_of(rings) if options.correspondence else None)
+                          depths_of(rings) if options.correspondence else None, peers.size)
     overheard = Overheard(unet) if options.correspondence or options.dispersion else None
     lr = learning_rate(preset, options.muon, options.lr)
     optimizer = MasterOptimizer(unet, lr=lr, ema_decay=options.ema, use_muon=options.muon)
     if options.compile:
         compile_parts(unet)
-    print(f"denoiser: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters, {options.dtype} on "
+    say = functools.partial(print, flush=True) if peers.first else lambda line: None
+    say(f"denoiser: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters, {options.dtype} on "
           f"{options.device}, {len(rings)} rings of {batches.ring_length} views, "
-          f"{len(data.texts.states)} captions", flush=True)
-    meter = Throughput(unet.device, unet.dtype)
-    print(f"plain {options.dtype} matmul: {meter.matmul:.3f} TFLOP/s", flush=True)
+        f"{len(data.texts.states)} captions")
+    peers.wait()  # a rate that others share is measured while they use the machine, too
+    meter = Throughput(unet.device, unet.dtype, peers.size * rate_here(unet.device, unet.dtype))
+    say(f"plain {options.dtype} matmul: {meter.matmul:.3f} TFLOP/s, all processes together")
 
     def batch_of_step(step: int) -> tuple[RingBatch, PromptEmbeds]:
         batch = batches(step)
@@ -226,14 +238,15 @@ def run(options: argparse.Namespace, loop: Options) -> None:
         samples, num_views = batch.latents.shape[:2]
         meter.did(samples * num_views, samples * sample_flop(meter, unet, batch, embeds, mixers))
         levels = noise_levels(samples, generator, options.training_shift, options.levels)
+        asked = levels, options.weighting, peers.share(samples)
         figures = {"num_views": num_views}
         if overheard is None:
-            return flow_loss(unet, batch, embeds, generator, mixers, levels, options.weighting) / usual_weight, figures
+            return flow_loss(unet, batch, embeds, generator, mixers, *asked) / usual_weight, figures
         overheard.forget()  # also what was heard while operations were counted
-        loss = flow_loss(unet, batch, embeds, generator, mixers, levels, options.weighting) / usual_weight
+        loss = flow_loss(unet, batch, embeds, generator, mixers, *asked) / usual_weight
         figures["flow"] = float(loss.detach())
         if options.correspondence:
-            extra = overheard.correspondence(batch.depths.to(unet.device))
+            extra = overheard.correspondence(batch.depths[peers.share(samples)].to(unet.device))
             loss, figures["correspondence"] = loss + options.correspondence * extra, float(extra.detach())
         if options.dispersion:
             extra = dispersive_loss(overheard.middle, num_views)
@@ -260,7 +273,7 @@ def run(options: argparse.Namespace, loop: Options) -> None:
     (loop.run / "options.json").parent.mkdir(parents=True, exist_ok=True)
     chosen = {k: str(v) for k, v in vars(options).items() if k != "run_verb"}
     (loop.run / "options.json").write_text(json.dumps(chosen, indent=1))
-    train_loop(optimizer, loss_of_step, save_weights, evaluate, loop, meter)
+    train_loop(optimizer, loss_of_step, save_weights, evaluate, loop, meter, peers)
 
 
 def sample_flop(meter: Throughput, unet: MultiviewUNet, batch: RingBatch, embeds: PromptEmbeds,

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from coser.optimizer import MasterOptimizer, schedule
+from coser.peers import Peers
 
 KEEP_CHECKPOINTS = 2
 
@@ -98,14 +99,15 @@ def checkpoints(run: Path) -> list[Path]:
 
 def train_loop(optimizer: MasterOptimizer, loss_of_step: Callable[[int], tuple[torch.Tensor, dict]],
                save_weights: Callable[[Path], None], evaluate: Callable[[int, Log], None], options: Options,
-               meter: Meter | None = None) -> int:
+               meter: Meter | None = None, peers: Peers = Peers()) -> int:
     """Runs or resumes a training to the end of its budget; returns the number of steps done.
 
     loss_of_step: step => loss and figures to log. save_weights: writes the model (averaged weights are in it) into a
     folder. evaluate: logs held-out figures and writes pictures (averaged weights are in it). meter: adds its figures to
-    the log.
+    the log. peers: the processes that run this together, each with the loss of its share; the first one's clock is
+    theirs, and it alone logs, evaluates and saves.
     """
-    log = Log(options.run / "log.jsonl")
+    log = Log(options.run / "log.jsonl") if peers.first else lambda **entry: None
     seconds, start_step = 0.0, 0
     if checkpoints(options.run):
         last = checkpoints(options.run)[-1]
@@ -113,6 +115,7 @@ def train_loop(optimizer: MasterOptimizer, loss_of_step: Callable[[int], tuple[t
         training = json.loads((last / "training.json").read_text())
         seconds, start_step = training["seconds"], training["step"]
         log(resumed=last.name, seconds=seconds)
+    peers.wait()  # all have read what the first one is about to replace
     clock = time.process_time if options.budget.processor_time else time.perf_counter
     started = clock() - seconds
     step, saved_step, ending = start_step, start_step, 0.0
@@ -121,6 +124,8 @@ def train_loop(optimizer: MasterOptimizer, loss_of_step: Callable[[int], tuple[t
         nonlocal saved_step, ending
         began = time.perf_counter()
         saved_step = step
+        if not peers.first:
+            return
         optimizer.use_average()
         if evaluated:
             evaluate(step, log)
@@ -138,17 +143,18 @@ def train_loop(optimizer: MasterOptimizer, loss_of_step: Callable[[int], tuple[t
         if evaluated:
             ending = max(ending, time.perf_counter() - began)
 
-    if options.budget.until is not None and options.budget.progress(step, seconds) < 1:
+    if options.budget.until is not None and peers.agreed(options.budget.progress(step, seconds)) < 1:
         save(True)  # measures the end, and finds out now rather than then whether it works
     saved_at = clock() - started
-    while (progress := options.budget.progress(step, (now := clock() - started), ending)) < 1:
+    while (progress := peers.agreed(options.budget.progress(step, (now := clock() - started), ending))) < 1:
         with meter.step() if meter else contextlib.nullcontext():
             loss, figures = loss_of_step(step)
             loss.backward()
+            peers.average_gradients(optimizer.params)
             norm = optimizer.step(schedule(progress, step, options.warmup, options.decay_from))
         step += 1
         if step % options.log_every == 0:
-            log(step=step, loss=float(loss.detach()), norm=norm, progress=progress,
+            log(step=step, loss=float(peers.mean(loss.detach())), norm=norm, progress=progress,
                 seconds=clock() - started, **{k: float(v) for k, v in figures.items()},
                 **(meter.figures() if meter else {}))
         overdue = options.save_minutes is not None and now - saved_at > 60 * options.save_minutes

@@ -1,5 +1,6 @@
 """The parts of the denoiser's training: noise levels, text states, cached latents and the loss."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -100,11 +101,11 @@ def test_latents_are_encoded_once_for_each_ring_and_autoencoder(renders, pipelin
     assert capsys.readouterr().out == "" and all(torch.equal(a, b) for a, b in zip(first, again))
     more, _ = encode_rings(pipeline.vae, folder, rings, cache)
     assert len(more) == 3 and torch.equal(more[0], first[0]) and len(list(cache.glob("*.safetensors"))) == 2
-    other = tmp_path / "vae"
-    other.mkdir()
-    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
-    weights["decoder.0.bias"] += 1
-    save_file(weights, other / "diffusion_pytorch_model.safetensors")
-    encode_rings(pipeline.vae, other, rings, cache)
-    assert len(list(cache.glob("*.safetensors"))) == 3
+    other, weights = tmp_path / "vae", load_file(folder / "diffusion_pytorch_model.safetensors")
+    shutil.copytree(folder, other)
+    for part, files in (("decoder", 2), ("encoder", 3)):  # a decoder trained on reads the same latents
+        name = next(name for name in weights if name.startswith(f"{part}."))
+        save_file(weights | {name: weights[name] + 1}, other / "diffusion_pytorch_model.safetensors")
+        encode_rings(pipeline.vae, other, rings, cache)
+        assert len(list(cache.glob("*.safetensors"))) == files
     assert (cache / "writing").read_bytes() == b"half a fi"

@@ -204,16 +204,16 @@ class LatentRings:
     All samples of a batch share view count, start and elevation, so that they share one geometry; text is dropped for
     `drop_text` of them. latents: per ring [V,C,h,w]; rings of a batch come from one elevation. One tensor [R,V,C,h,w]
     in place of the list, such as one on a GPU, gives the same batches by one indexing each. depths: per ring [V,s,s],
-    to go with the latents.
+    to go with the latents. multiple: what the number of samples is a multiple of, so that processes can share them.
     """
 
     def __init__(self, rings: list[Ring], latents: list[Tensor] | Tensor, elevations: list[float], seed: int = 0,
                  view_counts: tuple[int, ...] = (4, 6, 8, 12), views_per_batch: int = 48, drop_text: float = 0.1,
-                 depths: list[Tensor] | None = None):
+                 depths: list[Tensor] | None = None, multiple: int = 1):
         self.groups: dict[float, list[int]] = {}
         for i, elevation in enumerate(elevations):
             self.groups.setdefault(round(elevation, 3), []).append(i)
-        self.rings, self.latents, self.depths, self.seed = rings, latents, depths, seed
+        self.rings, self.latents, self.depths, self.seed, self.multiple = rings, latents, depths, seed, multiple
         # a hundred trees must not hide five hearts, nor scenes with barrels the barrels
         kinds = [(r.kind, bool(r.kinds)) for r in rings]
         counts = Counter(kinds)
@@ -235,7 +235,7 @@ class LatentRings:
         num_views = self.view_counts[draw(len(self.view_counts))]
         stride = self.ring_length // num_views
         start = draw(stride)
-        samples = max(1, self.views_per_batch // num_views)
+        samples = max(1, self.views_per_batch // num_views // self.multiple) * self.multiple
         drawn = torch.multinomial(self.weights[members], samples, replacement=True, generator=generator)
         picks = [members[i] for i in drawn.tolist()]
         if isinstance(self.latents, Tensor):
