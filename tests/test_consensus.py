@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from solids import cube, sphere, table
+from solids import cube, joined, sphere, table
 
 import coser.reconstruction as reconstruction
 from coser.cameras import Cameras
@@ -28,13 +28,20 @@ def contradicting():
 
 
 def own_iou(mesh, views):
-    return float(silhouette_iou(render_mesh(mesh, RING, SIZE).masks, views.masks).mean())
+    return float(silhouette_iou(render_mesh(mesh, RING, views.masks.shape[-1]).masks, views.masks).mean())
 
 
+def block_on_a_post(x, z):
+    """A cube on a post of an eighth of its width, whose foot is at x, z."""
+    (block, faces, colors), (post, *rest) = cube(0.4, (0.0, 0.4, 0.0)), cube(1.0)
+    return joined((block, faces, colors), (post * torch.tensor([0.05, 0.4, 0.05]) + torch.tensor([x, -0.4, z]), *rest))
+
+
+@pytest.mark.parametrize("local", [False, True])
 @pytest.mark.parametrize("solid", [cube(0.5), sphere(0.6, 24), table()], ids=["cube", "sphere", "table"])
-def test_views_that_agree_give_their_object(solid):
+def test_views_that_agree_give_their_object(solid, local):
     views = render(*solid, RING, SIZE)
-    vertices, faces, voxel = fuse_consensus(views, RING, 48)
+    vertices, faces, voxel = fuse_consensus(views, RING, 48, local)
     mesh = Mesh(vertices, faces)
     assert mesh.is_watertight and mesh.volume > 0 and 0.005 < voxel < 0.1
     assert own_iou(Mesh(vertices, faces, np.ones_like(vertices)), views) > 0.9
@@ -48,6 +55,21 @@ def test_contradicting_views_lose_less_than_by_carving(monkeypatch):
     assert agreed.is_watertight and carved.is_watertight
     assert own_iou(agreed, views) > own_iou(carved, views) + 0.1
     assert agreed.volume > carved.volume
+
+
+def test_local_levels_keep_a_post_that_every_view_shows_somewhere_else():
+    shifts = 0.11 * torch.tensor([[1, 0], [0, -1], [-1, 0], [0, 1], [1, 1], [-1, 0], [0, -1], [-1, 1.]])
+    views = ViewSet.cat([render(*block_on_a_post(*shift.tolist()), RING[i:i + 1], 128)
+                         for i, shift in enumerate(shifts)])
+    lower = (torch.arange(128) > 75)[:, None]  # pixels of the post's lower half
+    covered = {}
+    for local in (False, True):
+        vertices, faces, _ = fuse_consensus(views, RING, 64, local)
+        mesh = Mesh(vertices, faces, np.ones_like(vertices))
+        rows = (render_mesh(mesh, RING, 128).masks >= 0.5) & lower
+        covered[local] = float(rows.any(3).float().sum() / (views.masks >= 0.5)[..., 76:, :].any(3).sum())
+        assert mesh.is_watertight and own_iou(mesh, views) > 0.7
+    assert covered[False] < 0.3 and 0.7 < covered[True] < 1.1, covered
 
 
 def test_views_of_a_real_object_never_come_to_a_consensus(monkeypatch):

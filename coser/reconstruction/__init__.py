@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -57,20 +58,21 @@ class SurfaceStep:
     surface: Surface | None = None
 
 
-def reconstruct(views: ViewSet, cameras: Cameras, *, resolution: int = 128, max_faces: int = 10_000,
-                texture_size: int | None = 1024) -> Mesh:
+def reconstruct(views: ViewSet, cameras: Cameras, *, resolution: int = 128, generous: bool = False,
+                max_faces: int = 10_000, texture_size: int | None = 1024) -> Mesh:
     """Posed views, generated, rendered or photographed => one closed, coloured mesh: `finish` of `find_surface`."""
-    return finish(find_surface(views, cameras, resolution), max_faces=max_faces, texture_size=texture_size)
+    return finish(find_surface(views, cameras, resolution, generous), max_faces=max_faces, texture_size=texture_size)
 
 
-def find_surface(views: ViewSet, cameras: Cameras, resolution: int = 128) -> Surface:
+def find_surface(views: ViewSet, cameras: Cameras, resolution: int = 128, generous: bool = False) -> Surface:
     """`stream_surface` drained: arguments and errors as there."""
-    for step in stream_surface(views, cameras, resolution):
+    for step in stream_surface(views, cameras, resolution, generous):
         pass
     return step.surface
 
 
-def stream_surface(views: ViewSet, cameras: Cameras, resolution: int = 128) -> Iterator[SurfaceStep]:
+def stream_surface(views: ViewSet, cameras: Cameras, resolution: int = 128,
+                   generous: bool = False) -> Iterator[SurfaceStep]:
     """Posed views => the steps of finding their closed surface; the last one carries it.
 
     Where carving by every view leaves a mesh that does not look like its own views, they contradict each other, and
@@ -79,7 +81,8 @@ def stream_surface(views: ViewSet, cameras: Cameras, resolution: int = 128) -> I
     surface then carries the depths at which they see it.
 
     views: N >= 1 square views; cameras: their N perspective cameras. resolution: the fusion grid holds at most
-    resolution^3 cells. Raises ValueError when the views and cameras do not belong together or the views show nothing.
+    resolution^3 cells. generous: what views agree on at large keeps their thin parts, too, wherever each shows them
+    (`coser.reconstruction.consensus.local_levels`). Raises ValueError when the views and cameras do not belong together or the views show nothing.
     """
     height, width = views.views.shape[2:]
     if len(views) != len(cameras):
@@ -106,7 +109,7 @@ def stream_surface(views: ViewSet, cameras: Cameras, resolution: int = 128) -> I
                           Surface(mesh, voxel, _with_depths(views, cameras, mesh), cameras))
         return
     yield SurfaceStep(0, 1, "Fusing the views")
-    yield SurfaceStep(1, 1, "Surface found", _carved_or_agreed(views, cameras, resolution))
+    yield SurfaceStep(1, 1, "Surface found", _carved_or_agreed(views, cameras, resolution, generous))
 
 
 def finish(surface: Surface, *, max_faces: int = 10_000, texture_size: int | None = 1024) -> Mesh:
@@ -126,9 +129,10 @@ def _with_depths(views: ViewSet, cameras: Cameras, mesh: Mesh) -> ViewSet:
     return replace(views, depths=rasterize(vertices, faces, cameras, views.views.shape[-1]).depths[:, None])
 
 
-def _carved_or_agreed(views: ViewSet, cameras: Cameras, resolution: int) -> Surface:
+def _carved_or_agreed(views: ViewSet, cameras: Cameras, resolution: int, generous: bool) -> Surface:
     best, error = None, None
-    for method, side in ((fuse, resolution), (fuse_consensus, max(8, resolution // 2))):  # the second is smooth
+    agree = partial(fuse_consensus, local=True) if generous else fuse_consensus
+    for method, side in ((fuse, resolution), (agree, max(8, resolution // 2))):  # the second is smooth
         try:
             vertices, faces, voxel = method(views, cameras, side)
         except ValueError as nothing_found:

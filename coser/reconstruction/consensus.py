@@ -7,6 +7,8 @@ averaged, and the level of the mean at which the shape fits the silhouettes best
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,17 +24,57 @@ from coser.views import ViewSet
 TRUNCATION = 0.12  # world units: how far generated views commonly differ
 MARGIN = 3  # voxels of air around the object
 LEVELS = 33  # how many levels are tried
+# of local levels: how wide a cell's edge is and how far apart levels are set (world units), steps of descent, what a
+# missed pixel counts against one covered in vain, a cell in front of a surface against that, and levels that differ
+SOFTNESS, PATCH, STEPS, MISSED, FREE, CALM = 0.015, 0.08, 30, 2.0, 0.03, 0.0005
 LEAST_COS = 0.1  # a surface seen flatter than this still has this much to say
 
 
-def fuse_consensus(views: ViewSet, cameras: Cameras, resolution: int = 64) -> tuple[np.ndarray, np.ndarray, float]:
+@dataclass(frozen=True)
+class Opinions:
+    """What views think of the cells of a grid around the object.
+
+    places [X,Y,Z,3]: the cells', along the axes, `voxel` apart (world units). distances [X,Y,Z]: the views' mean signed
+    distance, positive outside, within +-TRUNCATION. told [X,Y,Z]: whether any view can tell. lowest: the floor's height.
+    """
+
+    places: Tensor
+    axes: list[Tensor]
+    voxel: float
+    distances: Tensor
+    told: Tensor
+    lowest: float
+
+    def at_level(self, level: float | Tensor) -> "Opinions":
+        """With the surface where the distances are `level`, one for all or [X,Y,Z]."""
+        return replace(self, distances=self.distances - level)
+
+    def with_floor(self) -> "Opinions":
+        """Without the unseen cone under the object (`cut_floor`)."""
+        cut = cut_floor(self.distances.numpy(), self.told.numpy(), self.axes[1].numpy(), self.lowest, TRUNCATION)
+        return replace(self, distances=torch.from_numpy(cut))
+
+
+def fuse_consensus(views: ViewSet, cameras: Cameras, resolution: int = 64,
+                   local: bool = False) -> tuple[np.ndarray, np.ndarray, float]:
     """Views and their cameras => vertices [V,3] float32, faces [F,3] int64 (right hand outward), the voxel's side.
 
     As `fuse`, for views that contradict each other. resolution: the grid spends about resolution^3 voxels on the
-    object's box. Raises ValueError when no level of the mean leaves a surface.
+    object's box. local: the level varies from place to place (`local_levels`), which saves thin parts that the views
+    show in different places. Raises ValueError when no level of the mean leaves a surface.
     """
     views, cameras = views.to("cpu"), cameras.to("cpu")
     maps = view_maps(views, cameras)
+    opinions = opinions_of(views, cameras, maps, resolution)
+    opinions = opinions.at_level(best_level(opinions, views.masks, cameras))
+    if local:
+        opinions = opinions.at_level(local_levels(opinions, views.masks, maps, cameras))
+        opinions = opinions.at_level(best_level(opinions, views.masks, cameras)).with_floor()
+    return closed_surface(opinions.distances.numpy(), opinions.axes, opinions.voxel)
+
+
+def opinions_of(views: ViewSet, cameras: Cameras, maps: ViewMaps, resolution: int) -> Opinions:
+    """What the views think of about resolution^3 cells; maps: of the same views."""
     silhouettes = silhouette_distances_everywhere(views.masks[:, 0])
     points = [p[s] for p, s in zip(*surface_points(views, cameras))]
     low, high = (torch.stack([p.quantile(share, 0) for p in points]) for share in (0.002, 0.998))
@@ -41,12 +83,10 @@ def fuse_consensus(views: ViewSet, cameras: Cameras, resolution: int = 64) -> tu
     voxel = float((high - low).clamp_min(0.1).prod()) ** (1 / 3) / resolution
     axes = [torch.arange(float(low[k]) - MARGIN * voxel, float(high[k]) + (MARGIN + 1) * voxel, voxel)
             for k in range(3)]
-    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
-    parts = [mean_opinion(part, maps, silhouettes, cameras) for part in grid.view(-1, 3).split(65536)]
-    distances, told = (torch.cat(p).view(grid.shape[:3]) for p in zip(*parts))
-    distances = torch.from_numpy(cut_floor(distances.numpy(), told.numpy(), axes[1].numpy(), lowest, TRUNCATION))
-    level = best_level(distances, grid, views.masks, cameras, voxel)
-    return closed_surface((distances - level).numpy(), axes, voxel)
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+    parts = [mean_opinion(part, maps, silhouettes, cameras) for part in places.view(-1, 3).split(65536)]
+    distances, told = (torch.cat(p).view(places.shape[:3]) for p in zip(*parts))
+    return Opinions(places, axes, voxel, distances, told, lowest).with_floor()
 
 
 def mean_opinion(points: Tensor, maps: ViewMaps, silhouettes: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
@@ -72,25 +112,66 @@ def mean_opinion(points: Tensor, maps: ViewMaps, silhouettes: Tensor, cameras: C
     return torch.where(told, mean, -TRUNCATION), told
 
 
-def best_level(distances: Tensor, grid: Tensor, masks: Tensor, cameras: Cameras, voxel: float) -> float:
-    """The level of `distances` [X,Y,Z] whose inside, seen by the cameras, has the best mean IoU with `masks`.
-
-    grid [X,Y,Z,3]: the cells' places. Pictures are made coarse enough that no ray slips through between cells.
-    """
-    pixel = float(pixel_size(cameras, 1, cameras.centers.norm(dim=-1).mean()))
-    pool = max(1, int(np.ceil(masks.shape[-1] * 1.2 * voxel / pixel)))
+def best_level(opinions: Opinions, masks: Tensor, cameras: Cameras) -> float:
+    """The level of the distances whose inside, seen by the cameras, has the best mean IoU with masks [N,1,S,S]."""
+    index, side, pool = coarse_pixels(opinions, masks, cameras)
     covered = F.max_pool2d((masks >= 0.5).float(), pool, ceil_mode=True).flatten(1) > 0
-    side = -(-masks.shape[-1] // pool)
-    uv, _ = cameras.project(grid.reshape(-1, 3))
-    column, row = (uv * masks.shape[-1] / pool).long().clamp(0, side - 1).unbind(-1)
-    nearest = torch.full(covered.shape, torch.inf)
-    nearest.scatter_reduce_(1, row * side + column, distances.reshape(1, -1).expand(len(masks), -1), "amin")
+    nearest = torch.full((len(masks), side * side), torch.inf)
+    nearest.scatter_reduce_(1, index, opinions.distances.reshape(1, -1).expand(len(masks), -1), "amin")
     levels = torch.linspace(-0.8, 0.8, LEVELS) * TRUNCATION
     scores = []
     for level in levels:
         inside = nearest < level
         scores.append(float(((inside & covered).sum(1) / (inside | covered).sum(1).clamp_min(1)).mean()))
     return float(levels[int(np.argmax(scores))])
+
+
+def coarse_pixels(opinions: Opinions, masks: Tensor, cameras: Cameras) -> tuple[Tensor, int, int]:
+    """The pixel [N,X*Y*Z] of coarse pictures in which each view sees each cell, their side, and how many of the masks'
+    pixels go to one of theirs: so many that no ray slips through between cells."""
+    pixel = float(pixel_size(cameras, 1, cameras.centers.norm(dim=-1).mean()))
+    pool = max(1, int(np.ceil(masks.shape[-1] * 1.2 * opinions.voxel / pixel)))
+    side = -(-masks.shape[-1] // pool)
+    uv, _ = cameras.project(opinions.places.reshape(-1, 3))
+    column, row = (uv * masks.shape[-1] / pool).long().clamp(0, side - 1).unbind(-1)
+    return row * side + column, side, pool
+
+
+def local_levels(opinions: Opinions, masks: Tensor, maps: ViewMaps, cameras: Cameras) -> Tensor:
+    """Levels [X,Y,Z] of the distances whose inside fits masks [N,1,S,S] best, smooth over PATCH.
+
+    Where views show a thin part in different places, the mean distance has a valley that never falls below zero; a
+    higher level there brings the part back, at its mean place. Found by gradient descent: a cell is inside by a
+    sigmoid of its distance, a pixel is covered unless all cells behind it are empty, and what is covered in vain costs
+    less than what is missed. Cells in front of what a view sees cost, too.
+    """
+    shape, n = opinions.distances.shape, len(masks)
+    index, side, pool = coarse_pixels(opinions, masks, cameras)
+    index = (index + side * side * torch.arange(n)[:, None]).flatten()
+    covered = F.avg_pool2d(masks.float(), pool, ceil_mode=True).flatten()
+    uv, depth = cameras.project(opinions.places.reshape(-1, 3))
+    column, row = (uv * masks.shape[-1]).long().clamp(0, masks.shape[-1] - 1).unbind(-1)
+    nearness = maps.nearness.flatten(1).gather(1, row * masks.shape[-1] + column)
+    free = ((nearness > 0) & (1 / nearness.clamp_min(1e-3) - depth > 2 * opinions.voxel)).float().mean(0).view(shape)
+    start = (-opinions.distances / SOFTNESS).clamp(-8, 8)
+    patches = [max(2, round(count * opinions.voxel / PATCH)) for count in shape]
+    raised = torch.zeros(patches, requires_grad=True)  # in units of SOFTNESS
+    optimizer = torch.optim.Adam([raised], lr=0.5, betas=(0.8, 0.95))
+    for _ in range(STEPS):
+        with torch.enable_grad():
+            inside = start + _between(raised, shape)
+            through = torch.zeros(len(covered)).index_add(0, index, F.softplus(inside).flatten().repeat(n))
+            off = covered - (1 - torch.exp(-through))
+            loss = torch.where(off > 0, MISSED * off, -off).sum()
+            loss = loss + FREE * (inside.sigmoid() * free).sum() + CALM * raised.square().sum()
+            (raised.grad,) = torch.autograd.grad(loss, raised)
+        optimizer.step()
+    return SOFTNESS * _between(raised.detach(), shape)
+
+
+def _between(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Values at the corners of patches => at all cells of `shape`, in straight lines."""
+    return F.interpolate(values[None, None], shape, mode="trilinear", align_corners=True)[0, 0]
 
 
 def silhouette_distances_everywhere(masks: Tensor) -> Tensor:
