@@ -82,7 +82,8 @@ def stream_surface(views: ViewSet, cameras: Cameras, resolution: int = 128,
 
     views: N >= 1 square views; cameras: their N perspective cameras. resolution: the fusion grid holds at most
     resolution^3 cells. generous: what views agree on at large keeps their thin parts, too, wherever each shows them
-    (`coser.reconstruction.consensus.local_levels`). Raises ValueError when the views and cameras do not belong together or the views show nothing.
+    (`coser.reconstruction.consensus.local_levels`). Raises ValueError when the views and cameras do not belong together
+    or the views show nothing.
     """
     height, width = views.views.shape[2:]
     if len(views) != len(cameras):
@@ -131,8 +132,9 @@ def _with_depths(views: ViewSet, cameras: Cameras, mesh: Mesh) -> ViewSet:
 
 def _carved_or_agreed(views: ViewSet, cameras: Cameras, resolution: int, generous: bool) -> Surface:
     best, error = None, None
-    agree = partial(fuse_consensus, local=True) if generous else fuse_consensus
-    for method, side in ((fuse, resolution), (agree, max(8, resolution // 2))):  # the second is smooth
+    # the second is smooth; local levels take long, and fewer cells do nearly as well
+    agree, share = (partial(fuse_consensus, local=True), 3 / 8) if generous else (fuse_consensus, 1 / 2)
+    for method, side in ((fuse, resolution), (agree, max(8, int(share * resolution)))):
         try:
             vertices, faces, voxel = method(views, cameras, side)
         except ValueError as nothing_found:
