@@ -176,11 +176,11 @@ def test_encoding_that_runs_out_of_time_leaves_whole_rings_and_goes_on(renders, 
     loaded = latents.load_file
 
     def slowly(path):
-        clock.now += 10
+        clock.now += 10  # the weights, too
         return loaded(path)
 
     monkeypatch.setattr(latents, "load_file", slowly)
-    part = latents.encoded_rings(pipeline.vae, vae, rings, tmp_path, until=105.0)
+    part = latents.encoded_rings(pipeline.vae, vae, rings, tmp_path, until=115.0)
     monkeypatch.undo()
     stems = {k for k in part if not k.endswith("/elevation")}
     assert 0 < len(stems) < len(rings)
