@@ -53,8 +53,8 @@ def flow_loss(unet: MultiviewUNet, batch: RingBatch, embeds: PromptEmbeds, gener
     """Mean squared error of the predicted flow (noise - clean) at noise levels [B], drawn where not given; a scalar.
 
     weighting: see `level_weights`. share: which of the batch's samples are asked, where other processes ask the others;
-    each gets the noise that it would get among all. On a GPU the noise is drawn there, from the generator's seed: a processor takes as
-    long for it as the GPU for all.
+    each gets the noise that it would get among all. On a GPU the noise is drawn there, from the generator's seed: a
+    processor takes as long for it as the GPU for all.
     """
     levels = noise_levels(len(batch.latents), generator) if levels is None else levels
     if unet.device.type == "cuda":

@@ -270,9 +270,10 @@ def train(options: argparse.Namespace, loop: Options, peers: Peers) -> None:
     def save_weights(folder: Path) -> None:
         save_pipeline(pipeline, stored_vae, optimizer.averaged_copy(unet), folder)
 
-    (loop.run / "options.json").parent.mkdir(parents=True, exist_ok=True)
-    chosen = {k: str(v) for k, v in vars(options).items() if k != "run_verb"}
-    (loop.run / "options.json").write_text(json.dumps(chosen, indent=1))
+    if peers.first:
+        (loop.run / "options.json").parent.mkdir(parents=True, exist_ok=True)
+        chosen = {k: str(v) for k, v in vars(options).items() if k != "run_verb"}
+        (loop.run / "options.json").write_text(json.dumps(chosen, indent=1))
     train_loop(optimizer, loss_of_step, save_weights, evaluate, loop, meter, peers)
 
 
