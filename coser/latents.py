@@ -21,7 +21,7 @@ from coser.whole_files import whole_file
 
 
 def weights_hash(vae_folder: Path) -> str:
-    """What files of an autoencoder's latents are named after: all that these depend on, which leaves out its decoder."""
+    """What files of an autoencoder's latents are named after: all that these depend on, so not its decoder."""
     config = ViewAutoencoder.load_config(vae_folder)
     digest = hashlib.sha256(json.dumps([config.get("latent_mean"), config.get("latent_std")]).encode())
     for name, weight in sorted(load_file(vae_folder / "diffusion_pytorch_model.safetensors").items()):

@@ -76,7 +76,8 @@ def test_two_processes_end_where_one_does_at_the_same_step_by_one_clock(tmp_path
 def test_a_denoiser_trained_by_two_processes_is_the_one_that_one_trains(renders, pipeline_folder, tmp_path):
     command = ["denoiser", "--preset", "tiny", "--renders", str(renders[0]), "--held-out", str(renders[1]), "--device",
                "cpu", "--dtype", "float32", "--autoencoder", str(pipeline_folder / "vae"), "--no-samples",
-               "--view-counts", "4", "--views-per-batch", "8", "--correspondence", "0.1", "--warmup", "1", "--log-every", "1", "--steps", "3"]
+               "--view-counts", "4", "--views-per-batch", "8", "--correspondence", "0.1", "--warmup", "1",
+               "--log-every", "1", "--steps", "3"]
     logs, weights = [], []
     for processes in ("1", "2"):
         main([*command, "--run", str(tmp_path / processes), "--processes", processes])
@@ -99,5 +100,6 @@ def test_an_error_in_one_process_ends_all(renders, pipeline_folder, tmp_path):
 
 def test_several_processes_are_refused_on_a_gpu():
     for processes, device in ((2, "cuda"), (0, "cpu")):
-        with pytest.raises(ValueError, match=f"processes must be 1, or more on a processor, got {processes} on {device}"):
+        refusal = f"processes must be 1, or more on a processor, got {processes} on {device}"
+        with pytest.raises(ValueError, match=refusal):
             train_together(toy_training, processes, device)

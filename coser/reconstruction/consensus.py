@@ -35,7 +35,8 @@ class Opinions:
     """What views think of the cells of a grid around the object.
 
     places [X,Y,Z,3]: the cells', along the axes, `voxel` apart (world units). distances [X,Y,Z]: the views' mean signed
-    distance, positive outside, within +-TRUNCATION. told [X,Y,Z]: whether any view can tell. lowest: the floor's height.
+    distance, positive outside, within +-TRUNCATION. told [X,Y,Z]: whether any view can tell. lowest: the floor's
+    height.
     """
 
     places: Tensor
@@ -55,6 +56,18 @@ class Opinions:
         return replace(self, distances=torch.from_numpy(cut))
 
 
+@dataclass(frozen=True)
+class CellsSeen:
+    """Where N views see a grid's P cells: in their pictures (uv [N,P,2] in [0,1]), how far away (depths [N,P]), and in
+    which pixel (pixels [N,P]) of pictures of side x side, of which one pixel is pool x pool of theirs."""
+
+    uv: Tensor
+    depths: Tensor
+    pixels: Tensor
+    side: int
+    pool: int
+
+
 def fuse_consensus(views: ViewSet, cameras: Cameras, resolution: int = 64,
                    local: bool = False) -> tuple[np.ndarray, np.ndarray, float]:
     """Views and their cameras => vertices [V,3] float32, faces [F,3] int64 (right hand outward), the voxel's side.
@@ -66,10 +79,11 @@ def fuse_consensus(views: ViewSet, cameras: Cameras, resolution: int = 64,
     views, cameras = views.to("cpu"), cameras.to("cpu")
     maps = view_maps(views, cameras)
     opinions = opinions_of(views, cameras, maps, resolution)
-    opinions = opinions.at_level(best_level(opinions, views.masks, cameras))
+    seen = cells_seen(opinions, cameras, views.masks.shape[-1])
+    opinions = opinions.at_level(best_level(opinions, views.masks, seen))
     if local:
-        opinions = opinions.at_level(local_levels(opinions, views.masks, maps, cameras))
-        opinions = opinions.at_level(best_level(opinions, views.masks, cameras)).with_floor()
+        opinions = opinions.at_level(local_levels(opinions, views.masks, maps, seen))
+        opinions = opinions.at_level(best_level(opinions, views.masks, seen)).with_floor()
     return closed_surface(opinions.distances.numpy(), opinions.axes, opinions.voxel)
 
 
@@ -112,12 +126,22 @@ def mean_opinion(points: Tensor, maps: ViewMaps, silhouettes: Tensor, cameras: C
     return torch.where(told, mean, -TRUNCATION), told
 
 
-def best_level(opinions: Opinions, masks: Tensor, cameras: Cameras) -> float:
-    """The level of the distances whose inside, seen by the cameras, has the best mean IoU with masks [N,1,S,S]."""
-    index, side, pool = coarse_pixels(opinions, masks, cameras)
-    covered = F.max_pool2d((masks >= 0.5).float(), pool, ceil_mode=True).flatten(1) > 0
-    nearest = torch.full((len(masks), side * side), torch.inf)
-    nearest.scatter_reduce_(1, index, opinions.distances.reshape(1, -1).expand(len(masks), -1), "amin")
+def cells_seen(opinions: Opinions, cameras: Cameras, size: int) -> CellsSeen:
+    """Where the cameras, with pictures of `size` pixels a side, see the cells; pixels are pooled until no ray slips
+    through between cells."""
+    pixel = float(pixel_size(cameras, 1, cameras.centers.norm(dim=-1).mean()))
+    pool = max(1, int(np.ceil(size * 1.2 * opinions.voxel / pixel)))
+    side = -(-size // pool)
+    uv, depths = cameras.project(opinions.places.reshape(-1, 3))
+    column, row = (uv * size / pool).long().clamp(0, side - 1).unbind(-1)
+    return CellsSeen(uv, depths, row * side + column, side, pool)
+
+
+def best_level(opinions: Opinions, masks: Tensor, seen: CellsSeen) -> float:
+    """The level of the distances whose inside, as the cells are seen, has the best mean IoU with masks [N,1,S,S]."""
+    covered = F.max_pool2d((masks >= 0.5).float(), seen.pool, ceil_mode=True).flatten(1) > 0
+    nearest = torch.full((len(masks), seen.side**2), torch.inf)
+    nearest.scatter_reduce_(1, seen.pixels, opinions.distances.reshape(1, -1).expand(len(masks), -1), "amin")
     levels = torch.linspace(-0.8, 0.8, LEVELS) * TRUNCATION
     scores = []
     for level in levels:
@@ -126,18 +150,7 @@ def best_level(opinions: Opinions, masks: Tensor, cameras: Cameras) -> float:
     return float(levels[int(np.argmax(scores))])
 
 
-def coarse_pixels(opinions: Opinions, masks: Tensor, cameras: Cameras) -> tuple[Tensor, int, int]:
-    """The pixel [N,X*Y*Z] of coarse pictures in which each view sees each cell, their side, and how many of the masks'
-    pixels go to one of theirs: so many that no ray slips through between cells."""
-    pixel = float(pixel_size(cameras, 1, cameras.centers.norm(dim=-1).mean()))
-    pool = max(1, int(np.ceil(masks.shape[-1] * 1.2 * opinions.voxel / pixel)))
-    side = -(-masks.shape[-1] // pool)
-    uv, _ = cameras.project(opinions.places.reshape(-1, 3))
-    column, row = (uv * masks.shape[-1] / pool).long().clamp(0, side - 1).unbind(-1)
-    return row * side + column, side, pool
-
-
-def local_levels(opinions: Opinions, masks: Tensor, maps: ViewMaps, cameras: Cameras) -> Tensor:
+def local_levels(opinions: Opinions, masks: Tensor, maps: ViewMaps, seen: CellsSeen) -> Tensor:
     """Levels [X,Y,Z] of the distances whose inside fits masks [N,1,S,S] best, smooth over PATCH.
 
     Where views show a thin part in different places, the mean distance has a valley that never falls below zero; a
@@ -145,14 +158,13 @@ def local_levels(opinions: Opinions, masks: Tensor, maps: ViewMaps, cameras: Cam
     sigmoid of its distance, a pixel is covered unless all cells behind it are empty, and what is covered in vain costs
     less than what is missed. Cells in front of what a view sees cost, too.
     """
-    shape, n = opinions.distances.shape, len(masks)
-    index, side, pool = coarse_pixels(opinions, masks, cameras)
-    index = (index + side * side * torch.arange(n)[:, None]).flatten()
-    covered = F.avg_pool2d(masks.float(), pool, ceil_mode=True).flatten()
-    uv, depth = cameras.project(opinions.places.reshape(-1, 3))
-    column, row = (uv * masks.shape[-1]).long().clamp(0, masks.shape[-1] - 1).unbind(-1)
-    nearness = maps.nearness.flatten(1).gather(1, row * masks.shape[-1] + column)
-    free = ((nearness > 0) & (1 / nearness.clamp_min(1e-3) - depth > 2 * opinions.voxel)).float().mean(0).view(shape)
+    shape, n, size = opinions.distances.shape, len(masks), masks.shape[-1]
+    index = (seen.pixels + seen.side**2 * torch.arange(n)[:, None]).flatten()
+    covered = F.avg_pool2d(masks.float(), seen.pool, ceil_mode=True).flatten()
+    column, row = (seen.uv * size).long().clamp(0, size - 1).unbind(-1)
+    nearness = maps.nearness.flatten(1).gather(1, row * size + column)
+    in_front = 1 / nearness.clamp_min(1e-3) - seen.depths > 2 * opinions.voxel
+    free = ((nearness > 0) & in_front).float().mean(0).view(shape)
     start = (-opinions.distances / SOFTNESS).clamp(-8, 8)
     patches = [max(2, round(count * opinions.voxel / PATCH)) for count in shape]
     raised = torch.zeros(patches, requires_grad=True)  # in units of SOFTNESS
