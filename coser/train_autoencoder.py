@@ -12,11 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from coser.data.dataset import Prefetched, Ring, ViewBatches, held_out_views, list_rings
-from coser.models.autoencoder import ViewAutoencoder
+from coser.models.autoencoder import ViewAutoencoder, decoded_views
 from coser.optimizer import MasterOptimizer, learning_rate
 from coser.train_loop import Log, Options, train_loop
-from coser.views import (ViewSet, channels_to_views, depths_to_uint8, picture_grid, views_to_channels,
-                         views_to_uint8)
+from coser.views import ViewSet, depths_to_uint8, picture_grid, views_to_channels, views_to_uint8
 
 VERB = "autoencoder"
 PRESETS = {
@@ -101,7 +100,7 @@ def reconstruct_views(model: ViewAutoencoder, views: ViewSet, batch: int = 32) -
     parts = []
     for i in range(0, len(views), batch):
         channels = views_to_channels(views[i:i + batch]).to(model.device)
-        parts.append(channels_to_views(model.decode(model.encode(channels))).to("cpu"))
+        parts.append(decoded_views(model.decode(model.encode(channels))).to("cpu"))
     return ViewSet.cat(parts)
 
 

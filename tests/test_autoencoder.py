@@ -2,14 +2,17 @@
 
 import pytest
 import torch
-from solids import sphere
+import torch.nn.functional as F
+from solids import cube, sphere
 from tiny import STATISTICS, plain_config, tiny_pipeline
 
 from coser.cameras import Cameras
-from coser.models.autoencoder import ViewAutoencoder
+from coser.models.autoencoder import ViewAutoencoder, decoded_views
 from coser.rasterizer import render
+from coser.reconstruction import QUICK, reconstruct
+from coser.studio import SMALL
 from coser.train_autoencoder import PRESETS, autoencoder_figures, reconstruction_loss
-from coser.views import ViewSet, views_to_channels
+from coser.views import FAR, NEAR, ViewSet, channels_to_views, views_to_channels
 
 TINY = PRESETS["tiny"]["model"]
 
@@ -105,3 +108,38 @@ def test_figures_tell_a_known_error(views):
     figures = autoencoder_figures(shifted, views)
     assert figures["psnr"] == pytest.approx(20.0, abs=0.01) and figures["alpha_iou"] == 1.0
     assert figures["depth_error"] == pytest.approx(0.02, abs=1e-4)
+
+
+def test_depth_of_rims_comes_from_within():
+    """Where nearness is softer than coverage, their ratio says of an outermost pixel that it is far away."""
+    truth = render(*cube(0.45), Cameras.orbit(3, 20.0), 192)
+    channels = views_to_channels(truth)
+    channels[:, 4:] = F.avg_pool2d(channels[:, 4:], 3, 1, 1)
+    shown = (truth.masks >= 0.5) & (truth.depths > 0)
+    rim = shown & (F.max_pool2d((truth.masks < 0.5).float(), 3, 1, 1) > 0)
+
+    def error(views: ViewSet) -> float:
+        return float((views.depths - truth.depths)[rim].abs().median())
+
+    assert error(channels_to_views(channels)) > 0.15
+    decoded = decoded_views(channels)
+    assert error(decoded) < 0.05
+    torch.testing.assert_close(decoded.depths[shown & ~rim], channels_to_views(channels).depths[shown & ~rim])
+    assert torch.equal(decoded.depths > 0, shown)
+
+
+def test_depth_of_parts_without_an_inside_comes_from_around():
+    channels = torch.zeros(1, 5, 32, 32)
+    channels[:, 3, 16, 4:28] = 1.0  # a line one pixel wide, 3.25 away
+    channels[:, 4:] = F.avg_pool2d(channels[:, 3:4] * (FAR - 3.25) / (FAR - NEAR), 3, 1, 1)
+    assert float(channels_to_views(channels).depths[0, 0, 16, 16]) > 3.9
+    torch.testing.assert_close(decoded_views(channels).depths[0, 0, 16, 7:25], torch.full((18,), 3.25))
+
+
+@torch.no_grad()
+def test_what_the_shipped_autoencoder_decodes_stands_on_a_flat_underside():
+    vae = ViewAutoencoder.from_pretrained(SMALL / "vae")
+    cameras = Cameras.orbit(8)
+    views = render(*cube(0.45), cameras, 256)
+    mesh = reconstruct(vae.latents_to_views(vae.views_to_latents(views)), cameras, **QUICK)
+    assert mesh.vertices[:, 1].min() == pytest.approx(-0.45, abs=0.04)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from coser.views import ViewSet, channels_to_views, views_to_channels
+from coser.views import FAR, NEAR, ViewSet, channels_to_views, views_to_channels
 
 VIEW_CHANNELS = 5  # premultiplied RGB, alpha, nearness
+RIM_WINDOW = 5  # pixels
 PATCH = 4  # the outermost factor of four is a pixel shuffle: no work is done at full resolution
 
 
@@ -42,6 +45,23 @@ def features_to_channels(features: Tensor) -> Tensor:
     color = torch.einsum("kc,bkhw->bchw", (COLOR_AXES * COLOR_GAINS).to(features), color) / 2 + 0.5
     alpha = alpha / 2 + 0.5
     return torch.cat([color, alpha, MIDDLE * alpha + DEPTH_GAIN_OUT / 2 * nearness], 1)
+
+
+def decoded_views(channels: Tensor) -> ViewSet:
+    """What the network puts out, as channels [B,5,H,W] => ViewSet, its rims' depths taken from the pixels within.
+
+    Nearness comes out softer than coverage, so that their ratio is wrong in the outermost pixel: too far by .17 in the
+    median of held-out views, .4 and more in a tenth. From there a mesh grew a skirt below the object. The mean of the
+    neighbours within is off by .03; where there are none, nearness and coverage are compared over a window.
+    """
+    views = channels_to_views(channels)
+    shown = (views.masks >= 0.5).float()
+    within = -F.max_pool2d(-shown, 3, 1, 1)
+    near, total = (F.avg_pool2d(part, 3, 1, 1) for part in (views.depths * within, within))
+    soft = F.avg_pool2d(channels[:, 3:].float().clamp(0, 1), RIM_WINDOW, 1, RIM_WINDOW // 2)
+    windowed = FAR - (soft[:, 1:] / soft[:, :1].clamp_min(1e-6)).clamp(0, 1) * (FAR - NEAR)
+    of_rim = torch.where(total > 0, near / total.clamp_min(1e-6), windowed)
+    return replace(views, depths=shown * torch.where(within > 0, views.depths, of_rim))
 
 
 class ResidualBlock(nn.Module):
@@ -123,7 +143,7 @@ class ViewAutoencoder(ModelMixin, ConfigMixin):
     def latents_to_views(self, latents: Tensor) -> ViewSet:
         """Normalised latents [N,C,h,w] => ViewSet of N views at 16h x 16w, float32."""
         mean, std = self._statistics(latents)
-        return channels_to_views(self.decode((latents.float() * std + mean).to(self.dtype)))
+        return decoded_views(self.decode((latents.float() * std + mean).to(self.dtype)))
 
     def latents_to_preview(self, latents: Tensor) -> ViewSet:
         """Normalised latents [N,C,h,w] => a rough ViewSet of N views at 4h x 4w, float32.
