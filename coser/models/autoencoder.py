@@ -50,9 +50,9 @@ def features_to_channels(features: Tensor) -> Tensor:
 def decoded_views(channels: Tensor) -> ViewSet:
     """What the network puts out, as channels [B,5,H,W] => ViewSet, its rims' depths taken from the pixels within.
 
-    Nearness comes out softer than coverage, so that their ratio is wrong in the outermost pixel: too far by .17 in the
-    median of held-out views, .4 and more in a tenth. From there a mesh grew a skirt below the object. The mean of the
-    neighbours within is off by .03; where there are none, nearness and coverage are compared over a window.
+    Nearness comes out softer than coverage, so that their ratio is too far in the outermost pixel: by .14 on average
+    over held-out views, .4 and more at times (docs/training.md, "Depth at the rims"), and meshes reached below their
+    objects. The mean of the neighbours within is off by .05; where there are none, a window's sums are compared.
     """
     views = channels_to_views(channels)
     shown = (views.masks >= 0.5).float()
