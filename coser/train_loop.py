@@ -163,4 +163,5 @@ def train_loop(optimizer: MasterOptimizer, loss_of_step: Callable[[int], tuple[t
             saved_at = clock() - started
     if step > saved_step or (step > start_step and step % options.evaluate_every):
         save(True)
+    peers.wait()  # the last checkpoint is there when any of them returns
     return step

@@ -9,7 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: more threads would o
 
 # The longest files go first, so that no worker is left alone with one of them at the end.
 LONGEST = ("test_browser", "test_train", "test_app", "test_train_recipe", "test_benchmark", "test_compare",
-           "test_pipeline", "test_unet", "test_judge", "test_rapid_glance", "test_studio", "test_cli")
+           "test_peers", "test_pipeline", "test_unet", "test_judge", "test_rapid_glance", "test_studio", "test_cli")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
