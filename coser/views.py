@@ -65,9 +65,13 @@ def channels_to_views(channels: Tensor) -> ViewSet:
     """[N,5,H,W] (about [0,1]) => ViewSet; pixels covered by less than half carry no depth."""
     channels = channels.float().clamp(0, 1)
     masks = channels[:, 3:4]
-    nearness = channels[:, 4:5] / masks.clamp_min(1e-3)
-    depths = torch.where(masks >= 0.5, FAR - nearness.clamp(0, 1) * (FAR - NEAR), torch.zeros_like(masks))
+    depths = torch.where(masks >= 0.5, nearness_to_depths(channels[:, 4:5], masks), torch.zeros_like(masks))
     return ViewSet(torch.minimum(channels[:, :3], masks), masks, depths)
+
+
+def nearness_to_depths(nearness: Tensor, masks: Tensor) -> Tensor:
+    """Premultiplied nearness and the masks that it was multiplied by, of one shape, in [0,1] => depths, NEAR to FAR."""
+    return FAR - (nearness / masks.clamp_min(1e-3)).clamp(0, 1) * (FAR - NEAR)
 
 
 def views_to_uint8(view_set: ViewSet, background: float = 1.0) -> np.ndarray:

@@ -10,10 +10,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from coser.views import FAR, NEAR, ViewSet, channels_to_views, views_to_channels
+from coser.views import ViewSet, channels_to_views, nearness_to_depths, views_to_channels
 
 VIEW_CHANNELS = 5  # premultiplied RGB, alpha, nearness
-RIM_WINDOW = 5  # pixels
+RIM_WINDOW = 5  # pixels; where a rim has nothing within
 PATCH = 4  # the outermost factor of four is a pixel shuffle: no work is done at full resolution
 
 
@@ -58,9 +58,8 @@ def decoded_views(channels: Tensor) -> ViewSet:
     shown = (views.masks >= 0.5).float()
     within = -F.max_pool2d(-shown, 3, 1, 1)
     near, total = (F.avg_pool2d(part, 3, 1, 1) for part in (views.depths * within, within))
-    soft = F.avg_pool2d(channels[:, 3:].float().clamp(0, 1), RIM_WINDOW, 1, RIM_WINDOW // 2)
-    windowed = FAR - (soft[:, 1:] / soft[:, :1].clamp_min(1e-6)).clamp(0, 1) * (FAR - NEAR)
-    of_rim = torch.where(total > 0, near / total.clamp_min(1e-6), windowed)
+    masks, nearness = F.avg_pool2d(channels[:, 3:].float().clamp(0, 1), RIM_WINDOW, 1, RIM_WINDOW // 2).split(1, 1)
+    of_rim = torch.where(total > 0, near / total.clamp_min(1e-6), nearness_to_depths(nearness, masks))
     return replace(views, depths=shown * torch.where(within > 0, views.depths, of_rim))
 
 
