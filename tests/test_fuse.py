@@ -1,6 +1,7 @@
 """Fusion: closed, true to the views, cut where nobody sees, and patient with views that do not quite agree."""
 
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from coser.metrics import psnr, render_mesh, silhouette_iou
 from coser.rasterizer import render
 from coser.reconstruction import reconstruct
 from coser.reconstruction.floor import cut_floor
+from coser.reconstruction.fuse import smoothed
 from coser.reconstruction.maps import silhouette_distances, view_maps
 from coser.views import ViewSet
 
@@ -39,6 +41,30 @@ def test_surface_of_a_sphere_lies_on_its_radius():
     seen = mesh.vertices[mesh.vertices[:, 1] > -0.5]
     off = np.abs(np.linalg.norm(seen, axis=1) - 0.7)
     assert np.median(off) < 0.003 and off.max() < 0.03
+
+
+def test_waves_stay_where_views_see_them_and_go_where_none_does():
+    """A wavy wall, the waves of which views see squarely in one half and do not see in the other."""
+    waves = 0.02 * torch.tensor([1.0, -1.0]).repeat(8)[:, None, None]
+    flat = torch.linspace(-1, 1, 9).expand(16, 16, 9)
+    weights = torch.zeros(16, 16, 9)
+    weights[:, :8] = 3.0
+    assert torch.allclose(smoothed(flat, weights)[..., 2:-2], flat[..., 2:-2], atol=1e-2)  # but for the grid's edge
+    left = (smoothed(flat + waves, weights) - smoothed(flat, weights))[3:-3].abs()
+    seen, unseen = left[:, :7].mean(), left[:, 9:].mean()
+    assert unseen < 0.4 * 0.02 < 0.9 * 0.02 < seen < 0.02
+
+
+def test_a_sphere_of_few_views_is_rounder_for_being_smoothed(monkeypatch):
+    ring, truth = Cameras.orbit(6), render(*sphere(0.7, 24), BETWEEN, SIZE)
+
+    def likeness() -> float:
+        seen = render_mesh(rebuilt(sphere(0.7, 24), ring), BETWEEN, SIZE)
+        return float(psnr(seen.on_background(), truth.on_background()).mean())
+
+    smooth = likeness()
+    monkeypatch.setattr(import_module("coser.reconstruction.fuse"), "ROUNDS", 0)
+    assert smooth > likeness() + 1  # decibels
 
 
 def test_object_ends_at_its_lowest_seen_surface():

@@ -4,7 +4,8 @@ Every view says how far a point lies from what it sees: in front of its depth ma
 positive), just behind its depth map (inside, negative), or further behind (it cannot tell). A truncated mean of the
 depth distances (Curless and Levoy, "A volumetric method for building complex models from range images", 1996) makes the
 surface; silhouettes carve away what lies outside them, by two votes where depth maps know a surface. What no view can
-tell is taken to be solid, down to the floor that the object stands on.
+tell is taken to be solid, down to the floor that the object stands on. The less views say of a place, the more its
+distance follows those around it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ TRUNCATION = 3.0  # voxels; a view behind whose surface a point lies deeper than
 SHEET = 1.5  # voxels; thinner things seen from both sides are made this thick
 MARGIN = 3  # voxels of air around the object
 MIN_COS = 0.03  # surfaces seen at a flatter angle than this tell nothing
+# what a cell's neighbours count, where one view that sees it squarely counts 1; the least that views count; rounds of it
+NEIGHBOURS, LEAST, ROUNDS = 0.1, 0.05, 10
+SURE = 3.0  # what views count where the coarse pass decided
 FREE, HIDDEN, NEAR = 1, -1, 0  # what the coarse pass says of a cell
 
 
@@ -49,18 +53,43 @@ def fuse(views: ViewSet, cameras: Cameras, resolution: int = 128) -> tuple[np.nd
     near = (cells == NEAR).nonzero()
     distances = cells.float() * truncation
     told = cells == FREE
+    weights = torch.full_like(distances, SURE)
     for part in near.split(65536):
-        points = torch.stack([axes[k][part[:, k]] for k in range(3)], -1)
-        distances[tuple(part.T)], told[tuple(part.T)] = signed_distances(points, maps, cameras, truncation)
+        points, places = torch.stack([axes[k][part[:, k]] for k in range(3)], -1), tuple(part.T)
+        distances[places], told[places], weights[places] = signed_distances(points, maps, cameras, truncation)
     stray = max(2, len(seen) // (2000 * len(views)))  # a handful of stray pixels below the object does not count
     lowest = float(seen[:, 1].kthvalue(min(stray, len(seen))).values)
     lowest -= float(pixel * torch.deg2rad(cameras.elevations.mean()).cos()) / 2  # half a pixel below its centre
-    grid = cut_floor(distances.cpu().numpy(), told.cpu().numpy(), axes[1].cpu().numpy(), lowest, truncation)
+    cut = cut_floor(distances.cpu().numpy(), told.cpu().numpy(), axes[1].cpu().numpy(), lowest, truncation)
+    smooth = smoothed(torch.from_numpy(cut).to(weights), weights)
+    grid = torch.maximum(smooth, lowest - axes[1][:, None]).cpu().numpy()  # the floor stays flat
     return closed_surface(grid, axes, voxel)
 
 
-def signed_distances(points: Tensor, maps: ViewMaps, cameras: Cameras, truncation: float) -> tuple[Tensor, Tensor]:
-    """Points [P,3] => signed distances [P] within +-truncation (positive outside) and whether any view can tell [P]."""
+def smoothed(distances: Tensor, weights: Tensor) -> Tensor:
+    """Signed distances [X,Y,Z] of which views are this sure [X,Y,Z] => the same, nearer to their neighbours.
+
+    ROUNDS of Jacobi's iteration for the least sum of weight * (change)^2 and of NEIGHBOURS * distance * (distance -
+    mean around it). Where many views see a surface squarely nothing changes; what is left of their noise, and the
+    ragged ends of carving where none sees anything, becomes smooth.
+    """
+    weights = weights.clamp_min(LEAST)
+    share = NEIGHBOURS / (weights + NEIGHBOURS)
+    out, kept = distances, (1 - share) * distances
+    for _ in range(ROUNDS):
+        around = F.pad(out[None, None], (1,) * 6, mode="replicate")
+        for dim in (2, 3, 4):
+            length = around.shape[dim] - 2
+            ends = around.narrow(dim, 0, length) + around.narrow(dim, 2, length)
+            around = (ends / 2 + around.narrow(dim, 1, length)) / 2
+        out = kept + share * around[0, 0]
+    return out
+
+
+def signed_distances(points: Tensor, maps: ViewMaps, cameras: Cameras,
+                     truncation: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Points [P,3] => signed distances [P] within +-truncation (positive outside), whether any view can tell [P], and
+    how sure those are that see a surface near [P]: 1 for each that looks at it squarely."""
     n, size = maps.nearness.shape[:2]
     uv, depth = cameras.project(points)
     pixel = pixel_size(cameras, size, depth)
@@ -91,7 +120,8 @@ def signed_distances(points: Tensor, maps: ViewMaps, cameras: Cameras, truncatio
         thick, sheet = thicken_sheets(behind[:, maybe], squareness[:, maybe], normals, rays, beside[:, maybe], through,
                                       SHEET * truncation / TRUNCATION)
         distance[maybe[sheet]] = thick[sheet]
-    return distance.clamp(-truncation, truncation), (total > 1e-6) | (carved > 0)
+    sure = torch.where(behind < truncation, weight, 0.0).sum(0)
+    return distance.clamp(-truncation, truncation), (total > 1e-6) | (carved > 0), sure
 
 
 def _seen_from_both_sides(index: Tensor, weight: Tensor, normals: Tensor) -> Tensor:
