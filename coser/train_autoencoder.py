@@ -14,6 +14,7 @@ from torch import Tensor
 from coser.data.dataset import Prefetched, Ring, ViewBatches, held_out_views, list_rings
 from coser.models.autoencoder import ViewAutoencoder, decoded_views
 from coser.optimizer import MasterOptimizer, learning_rate
+from coser.peers import Peers, train_together
 from coser.train_loop import Log, Options, train_loop
 from coser.views import ViewSet, depths_to_uint8, picture_grid, views_to_channels, views_to_uint8
 
@@ -25,10 +26,10 @@ PRESETS = {
                  batch_size=2, lr=1e-3, muon_lr=3e-3),
 }
 OBJECT_WEIGHT = 4.0  # most pixels are background: unweighted, the model collapses to it
-DEPTH_WEIGHT = 2.5
+DEPTH_WEIGHT = 4.0
 HUE_WEIGHT, COARSE_WEIGHT = 2.0, 1.0
 # The three figures a view is judged by, each taken over its object alone: small and thin objects count as much as large
-VIEW_COLOR_WEIGHT, VIEW_COVERAGE_WEIGHT, VIEW_DEPTH_WEIGHT = 0.02, 1.2, 0.8
+VIEW_COLOR_WEIGHT, VIEW_COVERAGE_WEIGHT, VIEW_DEPTH_WEIGHT = 0.02, 1.2, 1.6
 # of the step at half coverage, where a silhouette's edge lies: plain errors of coverage left it too small
 COVERAGE_SHARPNESS = 12.0
 KL_WEIGHT = 1e-5  # keeps the raw latents near unit scale
@@ -37,6 +38,8 @@ KL_WEIGHT = 1e-5  # keeps the raw latents near unit scale
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help="views a step, else the preset's")
     parser.add_argument("--latent-channels", type=int, help="of the autoencoder, else the preset's")
+    parser.add_argument("--processes", type=int, default=1, help="that share every batch and the processor's threads: "
+                        "as many as there are cores are the quickest")
     parser.add_argument("--freeze-encoder", action="store_true",
                         help="train the decoder only: existing latents stay valid")
     # the decoder must forgive the denoiser's errors
@@ -113,6 +116,11 @@ def latent_statistics(model: ViewAutoencoder, batches: ViewBatches, count: int =
 
 def run(options: argparse.Namespace, loop: Options) -> None:
     """The whole training from parsed options."""
+    train_together(train, options.processes, options.device, options, loop)
+
+
+def train(options: argparse.Namespace, loop: Options, peers: Peers) -> None:
+    """`run` as one of its processes."""
     preset = PRESETS[options.preset]
     torch.manual_seed(options.seed)
     chosen = {} if options.latent_channels is None else {"latent_channels": options.latent_channels}
@@ -133,24 +141,27 @@ def run(options: argparse.Namespace, loop: Options) -> None:
     def rings_so_far() -> list[Ring]:
         return list_rings(options.renders, options.limit)
 
-    batches = ViewBatches(rings_so_far(), options.batch_size or preset["batch_size"], options.seed, options.device,
-                          options.data_on_device, rings_so_far if options.relist_every else None,
-                          options.relist_every or 1)
-    upcoming = Prefetched(batches)
+    batch_size = options.batch_size or preset["batch_size"]
+    share = peers.share(batch_size)
+    batches = ViewBatches(rings_so_far(), batch_size, options.seed, options.device, options.data_on_device,
+                          rings_so_far if options.relist_every else None, options.relist_every or 1)
+    upcoming = Prefetched(lambda step: batches(step, share))
     distance = torch.compile(reconstruction_loss) if options.compile else reconstruction_loss
     held_out = held_out_views(list_rings(options.held_out))
-    print(f"autoencoder: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {options.dtype} on "
-          f"{options.device}, {len(batches.rings)} training rings, {len(held_out)} held-out views", flush=True)
+    if peers.first:
+        print(f"autoencoder: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {options.dtype} on "
+              f"{options.device}, {len(batches.rings)} training rings, {len(held_out)} held-out views", flush=True)
 
     def loss_of_step(step: int) -> tuple[Tensor, dict]:
         target = upcoming(step)
         latents = model.encode(target)
         penalty = KL_WEIGHT * latents.float().square().mean()
         generator = torch.Generator(latents.device).manual_seed(options.seed * 1_000_003 + step)
-        noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
-        amount = 2 * options.noise * torch.rand(len(latents), 1, 1, 1, generator=generator, device=latents.device)
+        drawn = dict(generator=generator, device=latents.device)
+        noise = torch.randn(batch_size, *latents.shape[1:], dtype=torch.float32, **drawn)
+        amount = 2 * options.noise * torch.rand(batch_size, 1, 1, 1, **drawn)
         spread = latents.detach().float().std((0, 2, 3), keepdim=True)
-        noisy = latents + (noise * amount * spread).to(latents.dtype)
+        noisy = latents + ((noise * amount)[share] * spread).to(latents.dtype)
         loss = distance(model.decode(noisy), target)
         small = model.decode_preview(latents.detach())
         loss = loss + (small - F.avg_pool2d(target, target.shape[-1] // small.shape[-1])).abs().mean()
@@ -172,4 +183,4 @@ def run(options: argparse.Namespace, loop: Options) -> None:
             averaged.load_state_dict({k: v for k, v in start.items() if k.startswith("encoder.")}, strict=False)
         averaged.save_pretrained(folder / "vae")
 
-    train_loop(optimizer, loss_of_step, save_weights, evaluate, loop)
+    train_loop(optimizer, loss_of_step, save_weights, evaluate, loop, peers=peers)

@@ -91,6 +91,22 @@ def test_a_denoiser_trained_by_two_processes_is_the_one_that_one_trains(renders,
     assert all(torch.allclose(v, weights[1][k], atol=1e-4) for k, v in moved.items()) and len(moved) > 50
 
 
+def test_an_autoencoder_trained_by_two_processes_is_nearly_the_one_that_one_trains(renders, tmp_path, monkeypatch):
+    """Nearly: what of the loss is weighed within a batch is weighed within each one's share."""
+    command = ["autoencoder", "--preset", "tiny", "--renders", str(renders[0]), "--held-out", str(renders[1]), "--device",
+               "cpu", "--dtype", "float32", "--batch-size", "4", "--warmup", "1", "--log-every", "1", "--steps", "3"]
+    logs, weights = [], []
+    for processes in ("1", "2"):
+        main([*command, "--run", str(tmp_path / processes), "--processes", processes])
+        logs.append([json.loads(line) for line in (tmp_path / processes / "log.jsonl").read_text().splitlines()])
+        weights.append(load_file(checkpoints(tmp_path / processes)[-1] / "vae" / "diffusion_pytorch_model.safetensors"))
+    assert [line["step"] for line in logs[1]] == [1, 2, 3, 3]
+    for one, two in zip(*logs):
+        names = [name for name in one if name not in ("progress", "seconds")]
+        assert [one[name] for name in names] == pytest.approx([two[name] for name in names], rel=0.1)
+    assert weights[0].keys() == weights[1].keys()
+
+
 def test_an_error_in_one_process_ends_all(renders, pipeline_folder, tmp_path):
     with pytest.raises(Exception, match="view_counts must divide the 4 rendered views"):
         main(["denoiser", "--preset", "tiny", "--renders", str(renders[0]), "--held-out", str(renders[1]), "--device",

@@ -145,22 +145,23 @@ class ViewBatches:
             i = int(pick * rgba.get_shape()[0])
             return {"rgba": rgba[i:i + 1].to(self.device), "depths": depths[i:i + 1].to(self.device)}
 
-    def __call__(self, step: int) -> Tensor:
+    def __call__(self, step: int, share: slice = slice(None)) -> Tensor:
+        """The step's batch, or the part of it that a process wants which trains together with others."""
         if self.relist is not None and step % self.relist_every == 0:
             self.take(self.relist())
         generator, listed = step_generator(self.seed, step), self.rings  # another thread may list meanwhile
         rings = torch.randint(len(listed), (self.batch_size,), generator=generator).tolist()
         picks = torch.rand(self.batch_size, generator=generator).tolist()
-        views = [self._view(listed[ring], pick) for ring, pick in zip(rings, picks)]
+        views = [self._view(listed[ring], pick) for ring, pick in zip(rings[share], picks[share])]
         channels = views_to_channels(ring_to_views({k: torch.cat([v[k] for v in views]) for k in ("rgba", "depths")}))
         # three quarters keep their colours: swapped channels teach other hues, not what is common
         order = torch.randint(6, (self.batch_size,), generator=generator)
         order = order * (torch.rand(self.batch_size, generator=generator) < 0.25)
-        order = CHANNEL_ORDERS[order].to(self.device)[:, :, None, None]
+        order = CHANNEL_ORDERS[order[share]].to(self.device)[:, :, None, None]
         rgb = channels[:, :3].gather(1, order.expand_as(channels[:, :3]))
         channels = torch.cat([rgb, channels[:, 3:]], 1)
-        mirror = (torch.rand(self.batch_size, generator=generator) < 0.5).to(self.device)[:, None, None, None]
-        return torch.where(mirror, channels.flip(3), channels)
+        mirror = (torch.rand(self.batch_size, generator=generator) < 0.5)[share]
+        return torch.where(mirror.to(self.device)[:, None, None, None], channels.flip(3), channels)
 
 
 class Prefetched:
