@@ -243,18 +243,18 @@ def test_few_steps_and_many_are_fused_twice_and_late():
 @torch.no_grad()
 def test_fused_views_take_the_place_of_their_share(pipeline, monkeypatch):
     cameras = Cameras.orbit(6)
-    drawn = render(*cube(0.5), cameras, 64)
+    drawn = render(*cube(0.5), cameras, 128)
     odd = drawn.masks.clone()
-    odd[2, :, :, 40:] = 0  # one view lacks a side; the others know better
+    odd[2, :, :, 80:] = 0  # one view lacks a side; the others know better
     contradicting = ViewSet(drawn.views * odd, odd, drawn.depths * odd)
     monkeypatch.setattr(pipeline, "latents_to_views", lambda latents, preview=False: contradicting)
-    zero = torch.zeros(6, 4, 4, 4)
+    zero = torch.zeros(6, 4, 8, 8)
     agreed = pipeline._agreed(zero, cameras, 1.0, fused_views)
     wanted, lacking = (pipeline.vae.views_to_latents(v)[2] for v in (drawn, contradicting))
     assert (agreed[2] - wanted).norm() < 0.5 * (agreed[2] - lacking).norm()
     torch.testing.assert_close(pipeline._agreed(zero, cameras, 0.25, fused_views), agreed / 4)
     monkeypatch.setattr(pipeline, "latents_to_views", lambda latents, preview=False: ViewSet(
-        torch.zeros(6, 3, 64, 64), torch.zeros(6, 1, 64, 64), torch.zeros(6, 1, 64, 64)))
+        *(torch.zeros(6, channels, 128, 128) for channels in (3, 1, 1))))
     assert torch.equal(pipeline._agreed(zero, cameras, 1.0, fused_views), zero)  # nothing to fuse yet
 
 
