@@ -147,8 +147,8 @@ def train(options: argparse.Namespace, loop: Options, peers: Peers) -> None:
                           rings_so_far if options.relist_every else None, options.relist_every or 1)
     upcoming = Prefetched(lambda step: batches(step, share))
     distance = torch.compile(reconstruction_loss) if options.compile else reconstruction_loss
-    held_out = held_out_views(list_rings(options.held_out))
-    if peers.first:
+    if peers.first:  # it alone evaluates
+        held_out = held_out_views(list_rings(options.held_out))
         print(f"autoencoder: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {options.dtype} on "
               f"{options.device}, {len(batches.rings)} training rings, {len(held_out)} held-out views", flush=True)
 

@@ -73,38 +73,39 @@ def test_two_processes_end_where_one_does_at_the_same_step_by_one_clock(tmp_path
     assert int(ends[0]["steps"]) >= 1 and all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
 
 
+def trained_by_one_and_by_two(command: list[str], folder: Path) -> tuple[list[list[dict]], list[dict]]:
+    """Logs and training states of three steps of a training, by one process and by two."""
+    logs, states = [], []
+    for processes in ("1", "2"):
+        main([*command, "--run", str(folder / processes), "--processes", processes, "--steps", "3"])
+        logs.append([json.loads(line) for line in (folder / processes / "log.jsonl").read_text().splitlines()])
+        states.append(load_file(checkpoints(folder / processes)[-1] / "training_state.safetensors"))
+    assert [line["step"] for line in logs[1]] == [1, 2, 3, 3]
+    return logs, states
+
+
 def test_a_denoiser_trained_by_two_processes_is_the_one_that_one_trains(renders, pipeline_folder, tmp_path):
     command = ["denoiser", "--preset", "tiny", "--renders", str(renders[0]), "--held-out", str(renders[1]), "--device",
                "cpu", "--dtype", "float32", "--autoencoder", str(pipeline_folder / "vae"), "--no-samples",
                "--view-counts", "4", "--views-per-batch", "8", "--correspondence", "0.1", "--warmup", "1",
-               "--log-every", "1", "--steps", "3"]
-    logs, weights = [], []
-    for processes in ("1", "2"):
-        main([*command, "--run", str(tmp_path / processes), "--processes", processes])
-        logs.append([json.loads(line) for line in (tmp_path / processes / "log.jsonl").read_text().splitlines()])
-        weights.append(load_file(checkpoints(tmp_path / processes)[-1] / "training_state.safetensors"))
-    assert [line["step"] for line in logs[1]] == [1, 2, 3, 3]
+               "--log-every", "1"]
+    logs, states = trained_by_one_and_by_two(command, tmp_path)
     for one, two in zip(*logs):
         names = [name for name in one if name in ("loss", "norm") or name.startswith("loss_")]
         assert [one[name] for name in names] == pytest.approx([two[name] for name in names], rel=2e-3)
-    moved = {k: v for k, v in weights[0].items() if k.startswith("master/")}
-    assert all(torch.allclose(v, weights[1][k], atol=1e-4) for k, v in moved.items()) and len(moved) > 50
+    moved = {k: v for k, v in states[0].items() if k.startswith("master/")}
+    assert all(torch.allclose(v, states[1][k], atol=1e-4) for k, v in moved.items()) and len(moved) > 50
 
 
-def test_an_autoencoder_trained_by_two_processes_is_nearly_the_one_that_one_trains(renders, tmp_path, monkeypatch):
+def test_an_autoencoder_trained_by_two_processes_is_nearly_the_one_that_one_trains(renders, tmp_path):
     """Nearly: what of the loss is weighed within a batch is weighed within each one's share."""
     command = ["autoencoder", "--preset", "tiny", "--renders", str(renders[0]), "--held-out", str(renders[1]), "--device",
-               "cpu", "--dtype", "float32", "--batch-size", "4", "--warmup", "1", "--log-every", "1", "--steps", "3"]
-    logs, weights = [], []
-    for processes in ("1", "2"):
-        main([*command, "--run", str(tmp_path / processes), "--processes", processes])
-        logs.append([json.loads(line) for line in (tmp_path / processes / "log.jsonl").read_text().splitlines()])
-        weights.append(load_file(checkpoints(tmp_path / processes)[-1] / "vae" / "diffusion_pytorch_model.safetensors"))
-    assert [line["step"] for line in logs[1]] == [1, 2, 3, 3]
+               "cpu", "--dtype", "float32", "--batch-size", "4", "--warmup", "1", "--log-every", "1"]
+    logs, states = trained_by_one_and_by_two(command, tmp_path)
     for one, two in zip(*logs):
         names = [name for name in one if name not in ("progress", "seconds")]
         assert [one[name] for name in names] == pytest.approx([two[name] for name in names], rel=0.1)
-    assert weights[0].keys() == weights[1].keys()
+    assert states[0].keys() == states[1].keys()
 
 
 def test_an_error_in_one_process_ends_all(renders, pipeline_folder, tmp_path):
