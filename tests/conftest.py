@@ -8,8 +8,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: more threads would o
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The longest files go first, so that no worker is left alone with one of them at the end.
-LONGEST = ("test_browser", "test_train", "test_app", "test_train_recipe", "test_benchmark", "test_compare",
-           "test_peers", "test_pipeline", "test_unet", "test_judge", "test_rapid_glance", "test_studio", "test_cli")
+LONGEST = ("test_peers", "test_browser", "test_pipeline", "test_train", "test_evaluate_table", "test_benchmark",
+           "test_compare", "test_app", "test_train_recipe", "test_fuse", "test_studio", "test_compose", "test_layers")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,7 +8,7 @@ from pretend_cuda import pretend_cuda
 from safetensors.torch import load_file
 from tiny import lighten, tiny_pipeline
 
-from coser import throughput
+from coser import train_denoiser
 from coser.cameras import Cameras
 from coser.consistency import fused_views
 from coser.reconstruction import QUICK, reconstruct
@@ -68,7 +68,7 @@ def test_views_become_the_same_surface():
 @pytest.mark.parametrize("verb, arguments", [("autoencoder", []), ("denoiser", ["--correspondence", "0.1"])])
 def test_a_training_runs(verb, arguments, renders, pipeline_folder, tmp_path, monkeypatch):
     lighten(monkeypatch)
-    monkeypatch.setattr(throughput, "rate_here", lambda device, dtype: 1.0)
+    monkeypatch.setattr(train_denoiser, "rate_here", lambda device, dtype: 1.0)  # a GPU's product takes minutes here
     command = [verb, "--preset", "tiny", "--renders", str(renders[0]), "--held-out", str(renders[1]), "--steps", "1",
                "--dtype", "float32", "--data-on-device", *arguments]
     command += ["--autoencoder", str(pipeline_folder / "vae"), "--no-samples"] if verb == "denoiser" else []
