@@ -59,16 +59,19 @@ def small_rings(rings: list[Ring], cache: Path) -> list[SmallRing]:
     """
     fronts = {asset: row.get("front_known", True) for asset, row in read_index(rings[0].path.parent).items()}
     cache.mkdir(parents=True, exist_ok=True)
-    out = []
-    for ring in (r for r in rings if not r.kinds):
+    rings = [r for r in rings if not r.kinds]
+    for ring in rings:
         path = cache / ring.path.name
         if not path.is_file():
             views, cameras = load_ring(ring.path)
             rgba = (views_to_pictures(views).clamp(0, 1) * 255).round().to(torch.uint8)
             with whole_file(path) as writing:
                 save_file({"rgba": rgba, "azimuths": cameras.azimuths.float().contiguous()}, writing)
-        with safe_open(path, "pt") as file:
-            out.append(SmallRing(path, ring, file.get_tensor("azimuths"), fronts[ring.asset_id]))
+    out = []  # what is kept comes after all that is not: between the rings' megabytes it held on to 13 of each
+    for ring in rings:
+        with safe_open(cache / ring.path.name, "pt") as file:
+            azimuths = file.get_tensor("azimuths").clone()  # without the file's memory
+        out.append(SmallRing(cache / ring.path.name, ring, azimuths, fronts[ring.asset_id]))
     return out
 
 
