@@ -32,6 +32,8 @@ ASSET = AssetOptions()
 MIXER_NAMES = {"adjacent": "Adjacent attention", "trajectory": "Trajectory attention",
                "glance": "Rapid Glance (Mamba scan)", "rectification": "Rectification (score attention)",
                "dense": "Dense attention", "temporal": "Same-place attention"}
+SYMMETRY_NAMES = {"None": "none", "As its kind usually is": "auto", "Left and right alike": "mirror",
+                  "Front and back alike": "back", "Both": "both", "Four sides alike": "quarter", "Round": "round"}
 PICTURES = [".png", ".jpg", ".jpeg", ".webp", ".zip", ".json"]
 
 THEME = gr.themes.Soft(
@@ -76,7 +78,9 @@ def setting_inputs(mixers: tuple[str, ...]) -> list[gr.components.Component]:
     modules = gr.CheckboxGroup([(MIXER_NAMES[name], name) for name in mixers], value=list(mixers),
                                label="Modules between views", info="switch one off to see what it does",
                                elem_id="mixers")
-    return [num_views, guidance_scale, steps, elevation, seed, randomize, consistency, modules]
+    symmetry = gr.Dropdown(list(SYMMETRY_NAMES.items()), value=DEFAULTS.symmetry, label="Symmetry",
+                           info="pulls towards it", elem_id="symmetry")
+    return [num_views, guidance_scale, steps, elevation, seed, randomize, consistency, modules, symmetry]
 
 
 def asset_inputs() -> list[gr.components.Component]:

@@ -13,7 +13,7 @@ from coser.examples import Example
 from coser.finishing import FinishedAsset, load_finished, save_finished
 from coser.own_views import load_views
 from coser.reconstruction.exports import FORMATS, export
-from coser.request import MODULES, AssetOptions, GenerationRequest
+from coser.request import MODULES, SYMMETRY, AssetOptions, GenerationRequest
 from coser.sessions import current_run, file_name, remove_old_runs, run_folder, session_folder, set_current_run
 from coser.studio import RunUpdate, Studio
 
@@ -35,10 +35,11 @@ class Desk:
         return session_folder(self.root, request.session_hash or "")
 
     def begin(self, prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed,
-              consistency, mixers, max_faces, texture_size, coloring, origin, longest_side, request: gr.Request):
+              consistency, mixers, symmetry, max_faces, texture_size, coloring, origin, longest_side,
+              request: gr.Request):
         """Check a prompt's values at once, before any waiting; then clear the stage and turn the buttons round."""
         checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed, consistency,
-                mixers)
+                mixers, symmetry)
         checked_asset(max_faces, texture_size, coloring, origin, longest_side)
         return *self._enter(request), None, gr.DownloadButton(value=None, interactive=False), nothing_ready()
 
@@ -69,8 +70,8 @@ class Desk:
         return status_line("waiting", message), *[gr.Button(interactive=False)] * 4, gr.Button(interactive=True)
 
     def generate(self, prompt: str, num_views: int, guidance_scale: float, num_inference_steps: int, elevation: float,
-                 seed: int, randomize_seed: bool, consistency: float, mixers: list[str], max_faces: int,
-                 texture_size: int, coloring: str, origin: str, longest_side: float,
+                 seed: int, randomize_seed: bool, consistency: float, mixers: list[str],
+                 symmetry: str, max_faces: int, texture_size: int, coloring: str, origin: str, longest_side: float,
                  request: gr.Request) -> Iterator[tuple]:
         """Text to 3D: streams (views picture, status, seed, GLB or nothing yet), an item a denoising step.
 
@@ -78,11 +79,12 @@ class Desk:
         elevation: 0 to 30 degrees. seed: 0 to 2147483647, drawn anew with randomize_seed and reported back.
         consistency: 0 to 1, how much of the views is replaced by the object they make together, at some steps.
         mixers: which of the checkpoint's modules between the views work: {mixers}.
+        symmetry: what the object is pulled to, one of {symmetry}; auto: what its kind usually has.
         max_faces: 500 to 200000. texture_size: 512, 1024, 2048 or 4096. coloring: texture or vertices. origin: feet
         or center. longest_side: 0.01 to 100 metres.
         """
         asked = checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed,
-                        consistency, mixers).with_drawn_seed()
+                        consistency, mixers, symmetry).with_drawn_seed()
         options = checked_asset(max_faces, texture_size, coloring, origin, longest_side)
         name = file_name(asked.prompt, asked.seed)
         for views, update in self._work(request, lambda run, stop: self.studio.generate(asked, run / name, stop,
@@ -176,7 +178,7 @@ class Desk:
         message = (f"Pre-made example, drawn earlier by the checkpoint “{example.checkpoint}” (seed {asked.seed}). "
                    "Generate draws it now.")
         return (asked.prompt, asked.num_views, asked.guidance_scale, asked.num_inference_steps, asked.elevation,
-                asked.seed, False, asked.consistency, list(self.studio.mixers_for(asked)),
+                asked.seed, False, asked.consistency, list(self.studio.mixers_for(asked)), asked.symmetry,
                 status_line("example", message), str(example.views), str(example.glb),
                 gr.DownloadButton(value=str(example.glb), interactive=True), nothing_ready(), mesh_shown(False),
                 *[gr.Button(interactive=False)] * 2)
@@ -203,7 +205,7 @@ class Desk:
 
 
 Desk.export.__doc__ = Desk.export.__doc__.format(formats=", ".join(FORMATS))
-Desk.generate.__doc__ = Desk.generate.__doc__.format(mixers=", ".join(MODULES))
+Desk.generate.__doc__ = Desk.generate.__doc__.format(mixers=", ".join(MODULES), symmetry=", ".join(SYMMETRY))
 
 
 def something_ready() -> gr.File:
@@ -227,14 +229,14 @@ def told(error: Exception) -> gr.Error:
 
 
 def checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed, consistency,
-            mixers) -> GenerationRequest:
+            mixers, symmetry) -> GenerationRequest:
     """The page's values as a request; what is wrong with them becomes a message for the visitor."""
     if isinstance(prompt, str) and not prompt.strip():
         raise gr.Error("Type what to make first, for example: a red barrel. (prompt must not be empty)",
                        print_exception=False)
     try:
         return GenerationRequest(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed,
-                                 randomize_seed, consistency, mixers=mixers)
+                                 randomize_seed, consistency, mixers=mixers, symmetry=symmetry)
     except ValueError as error:
         raise told(error) from error
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from coser.own_views import PosedViews, load_views
 from coser.reconstruction.exports import FORMATS, export
-from coser.request import (COLORING, ELEVATION, MAX_FACES, MODULES, ORIGINS, TEXTURE_SIZES, AssetOptions,
-                           GenerationRequest)
+from coser.request import (COLORING, ELEVATION, MAX_FACES, MODULES, ORIGINS, SYMMETRY, TEXTURE_SIZES,
+                           AssetOptions, GenerationRequest)
 from coser.sessions import file_name
 from coser.studio import SMALL, RunUpdate, Studio, log_to_terminal
 
@@ -75,6 +75,8 @@ def parser() -> argparse.ArgumentParser:
     drawing.add_argument("--consistency", type=float, default=DEFAULTS.consistency,
                          help="how much of the views to replace by the object they make together, at some "
                          "steps, 0 to 1 (default %(default)s)")
+    drawing.add_argument("--symmetry", default=DEFAULTS.symmetry, help="what to pull the object to, one of "
+                         f"{', '.join(SYMMETRY)} (default %(default)s; auto: what its kind usually has)")
     drawing.add_argument("--mixers", nargs="*", metavar="MIXER", help="the modules between views that work, of "
                          f"{', '.join(MODULES)} (default: all that the checkpoint has)")
     drawing.add_argument("--negative-prompt", default=DEFAULTS.negative_prompt, help="what to keep away from")
@@ -105,7 +107,7 @@ def request(args: argparse.Namespace) -> GenerationRequest:
         guidance_scale=args.guidance_scale, num_inference_steps=args.num_inference_steps,
         elevation=DEFAULTS.elevation if args.elevation is None else args.elevation, seed=args.seed,
         randomize_seed=args.randomize_seed, consistency=args.consistency,
-        negative_prompt=args.negative_prompt, mixers=args.mixers).with_drawn_seed()
+        negative_prompt=args.negative_prompt, mixers=args.mixers, symmetry=args.symmetry).with_drawn_seed()
 
 
 def own_views(args: argparse.Namespace) -> PosedViews:

@@ -22,7 +22,9 @@ from coser.devices import add_dtype_option, dtype_asked_for
 from coser.metrics import psnr, render_mesh, sharpness, silhouette_iou
 from coser.pipeline import CoSERPipeline, MultiviewStep
 from coser.reconstruction import QUICK, Mesh, reconstruct
+from coser.symmetry import Symmetries
 from coser.views import ViewSet, views_to_uint8
+from coser.vocabulary import load_vocabulary, sentence_embedder, usual_symmetries
 
 VERB = "prompts"
 SMALL = Path(__file__).parent / "checkpoints" / "small"
@@ -50,11 +52,13 @@ class PromptScore:
 
 
 def evaluate_prompts(pipeline: CoSERPipeline, prompts: Iterable[str], seed: int = 0,
+                     symmetries: Symmetries = Symmetries({}),
                      **arguments) -> Iterator[tuple[PromptScore, MultiviewStep, Mesh]]:
     """Draws each prompt from the same seed (`arguments` go to the pipeline) and yields its score, views and mesh."""
     for prompt in prompts:
         began = time.perf_counter()
-        result = pipeline(prompt, generator=torch.Generator().manual_seed(seed), **arguments)
+        result = pipeline(prompt, generator=torch.Generator().manual_seed(seed), symmetry=symmetries.of_prompt(prompt),
+                          **arguments)
         views, cameras = result.views.to("cpu"), result.cameras.to("cpu")
         mesh = reconstruct(views, cameras, **QUICK)
         seconds = time.perf_counter() - began
@@ -109,10 +113,24 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
+def add_symmetry_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--symmetry", choices=("none", "auto"), default="none", help="none, as the app draws, or what "
+                        "the prompt's kind of object usually has")
+
+
+def symmetries_asked_for(options: argparse.Namespace, pipeline: CoSERPipeline) -> Symmetries:
+    """What `--symmetry` means for `--checkpoint`."""
+    if options.symmetry == "none":
+        return Symmetries({})
+    vocabulary = load_vocabulary(options.checkpoint, sentence_embedder(pipeline))
+    return usual_symmetries(options.checkpoint, pipeline, vocabulary)
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_drawing_options(parser)
     parser.add_argument("--consistency", type=float, default=CONSISTENCY,
                         help="share of the fused object (default %(default)s, the app's)")
+    add_symmetry_option(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -123,7 +141,8 @@ def run(options: argparse.Namespace) -> None:
     scores, rows = [], []
     drawn = evaluate_prompts(pipeline, prompts, options.seed, num_views=options.num_views,
                              num_inference_steps=options.steps, guidance_scale=options.guidance_scale,
-                             consistency=options.consistency, fuse=fused_views)
+                             consistency=options.consistency, fuse=fused_views,
+                             symmetries=symmetries_asked_for(options, pipeline))
     for score, result, mesh in drawn:
         scores.append(asdict(score))
         rows.append((score.prompt, sheet_row(result.views, mesh)))

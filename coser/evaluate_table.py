@@ -24,7 +24,7 @@ from coser.data.index import read_index, write_index
 from coser.data.render import load_ring, save_ring
 from coser.devices import add_dtype_option, dtype_asked_for
 from coser.epipolar import tsed
-from coser.evaluate_prompts import SMALL, contact_sheet, sheet_row
+from coser.evaluate_prompts import SMALL, add_symmetry_option, contact_sheet, sheet_row, symmetries_asked_for
 from coser.judge import ViewJudge, is_janus, load_judge, nearest_distances, ring_embedding
 from coser.metrics import psnr, render_mesh, sharpness, silhouette_iou
 from coser.pipeline import CoSERPipeline
@@ -32,6 +32,7 @@ from coser.quality_table import markdown, summarise
 from coser.questions import QUESTIONS, Question, is_name_of, load_questions, slug
 from coser.reconstruction import QUICK, reconstruct
 from coser.stopwatch import Watch
+from coser.symmetry import Symmetries
 from coser.views import ViewSet, views_to_uint8
 
 VERB = "table"
@@ -40,7 +41,7 @@ WORDS = ("object_right", "object_named", "object_in_5", "color_right", "both_rig
 
 
 def draw_rings(pipeline: CoSERPipeline, questions: list[Question], folder: Path, seed: int = 0,
-               **arguments) -> list[Ring]:
+               symmetries: Symmetries = Symmetries({}), **arguments) -> list[Ring]:
     """Draws each question's ring into `folder`, as coser.data.render writes renders; rings that exist are kept.
 
     `arguments` go to the pipeline. What each stage took, in seconds, stands in the index.
@@ -54,7 +55,8 @@ def draw_rings(pipeline: CoSERPipeline, questions: list[Question], folder: Path,
         with Watch(pipeline.device) as watch:
             watch_run(watch, pipeline)
             began = time.perf_counter()
-            result = pipeline(question.prompt, generator=torch.Generator().manual_seed(seed), **arguments)
+            result = pipeline(question.prompt, generator=torch.Generator().manual_seed(seed),
+                              symmetry=symmetries.of_prompt(question.prompt), **arguments)
             seconds = time.perf_counter() - began
         save_ring(folder / f"{name}-0.safetensors", result.views.to("cpu"), result.cameras.to("cpu"))
         stages = {stage.name: round(stage.seconds, 4) for stage in watch.stages.values() if stage.calls}
@@ -238,6 +240,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--consistency", type=float, default=CONSISTENCY)
     parser.add_argument("--seed", type=int, default=0)
+    add_symmetry_option(parser)
     add_dtype_option(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -246,9 +249,10 @@ def run(options: argparse.Namespace) -> None:
     pipeline = CoSERPipeline.from_pretrained(options.checkpoint, dtype=dtype_asked_for(options)).to(options.device)
     pipeline.set_progress_bar_config(disable=True)
     questions = load_questions(options.questions, options.list)[:options.limit]
-    drawn = draw_rings(pipeline, questions, options.out / "rings", options.seed, num_views=options.num_views,
-                       num_inference_steps=options.steps, guidance_scale=options.guidance_scale,
-                       consistency=options.consistency, fuse=fused_views)
+    symmetries = symmetries_asked_for(options, pipeline)
+    drawn = draw_rings(pipeline, questions, options.out / "rings", options.seed, symmetries,
+                       num_views=options.num_views, num_inference_steps=options.steps,
+                       guidance_scale=options.guidance_scale, consistency=options.consistency, fuse=fused_views)
     if options.sheet:
         by_prompt = {ring.captions[0]: ring for ring in drawn}
         draw_sheet([by_prompt[q.prompt] for q in questions[:options.sheet_prompts]], options.sheet)

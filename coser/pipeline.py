@@ -15,6 +15,7 @@ from coser.cameras import ELEVATION, Cameras
 from coser.models.autoencoder import ViewAutoencoder
 from coser.models.text_encoder import SentenceTextEncoder
 from coser.models.unet import MultiviewUNet
+from coser.symmetry import SYMMETRIES, ring_symmetries
 from coser.views import ViewSet
 
 NUM_VIEWS = (4, 24)
@@ -22,6 +23,8 @@ MAX_TOKENS = 64  # longer prompts are cut: captions of training have at most hal
 ELEVATIONS = (0.0, 30.0)  # degrees, as trained
 # Of a run's steps. Fusing from a fifth on, too, made solids as if turned on a lathe: see docs/training.md
 FUSED_AT = (0.9, 0.95)
+# Of a run's steps: while noise is above .8 and the whole is decided. Later averages cost detail (docs/training.md)
+SYMMETRIC_UNTIL = 0.45
 
 
 @dataclass(frozen=True)
@@ -95,18 +98,21 @@ class CoSERPipeline(DiffusionPipeline):
     def stream(self, prompt: str, *, num_views: int = 12, elevation: float = ELEVATION, guidance_scale: float = 4.0,
                num_inference_steps: int = 20, negative_prompt: str = "", generator: torch.Generator | None = None,
                latents: Tensor | None = None, mixers: tuple[str, ...] | None = None,
-               consistency: float = 0.0,
+               symmetry: tuple[str, ...] = (), consistency: float = 0.0,
                fuse: Callable[[ViewSet, Cameras], ViewSet] | None = None) -> Iterator[MultiviewStep]:
         """Denoises a ring of views and yields every step; the last one carries the finished views.
 
         prompt: one sentence. num_views: 4..24. elevation: degrees, 0..30. guidance_scale: >= 1, 1 = no guidance.
         num_inference_steps: >= 1. negative_prompt: what to move away from. generator: source of the starting noise.
-        latents [N,C,h,w]: starting noise instead. mixers: the active subset of the UNet's. consistency: 0..1; at some
+        latents [N,C,h,w]: starting noise instead. mixers: the active subset of the UNet's. symmetry: what the object is
+        pulled to, some of SYMMETRIES; estimates are averaged over those that a ring of num_views has (of an odd one no
+        view shows the back of another) in the first SYMMETRIC_UNTIL of the steps. consistency: 0..1; at some
         steps this share of the estimate is replaced by what `fuse` makes of its views: the views of one object, such as
         `coser.consistency.fused_views` (3D-aware denoising, as in VideoMV, Zuo et al. 2024). Raises
         ValueError, when first read, for anything else.
         """
-        check_arguments(prompt, num_views, elevation, guidance_scale, num_inference_steps, negative_prompt, consistency)
+        check_arguments(prompt, num_views, elevation, guidance_scale, num_inference_steps, negative_prompt, consistency,
+                        symmetry)
         if consistency > 0 and fuse is None:
             raise ValueError(f"fuse must be a function where consistency is above 0, got None and {consistency}")
         guided = guidance_scale > 1
@@ -118,9 +124,13 @@ class CoSERPipeline(DiffusionPipeline):
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
         fused = fused_steps(len(timesteps))
+        group, averaged = ring_symmetries(symmetry, num_views), round(SYMMETRIC_UNTIL * len(timesteps))
         for i, timestep in enumerate(timesteps):
             prediction = self._predict(latents, timestep, embeds, cameras, guidance_scale, mixers)
             denoised = self._denoised(prediction, latents, timestep, i)
+            if len(group) > 1 and i < averaged:
+                denoised = self._symmetric(denoised, group)
+                prediction = self._prediction_for(denoised, latents, timestep, i)
             if consistency > 0 and i in fused:
                 denoised = self._agreed(denoised, cameras, consistency, fuse)
                 prediction = self._prediction_for(denoised, latents, timestep, i)
@@ -176,6 +186,11 @@ class CoSERPipeline(DiffusionPipeline):
             return alpha.sqrt(), -(1 - alpha).sqrt()
         return 1 / alpha.sqrt(), -((1 - alpha) / alpha).sqrt()
 
+    def _symmetric(self, denoised: Tensor, group: list[tuple[list[int], bool]]) -> Tensor:
+        """The mean [N,C,h,w] of an estimate's images under a group of symmetries."""
+        mirrored = self.vae.mirror_latents(denoised) if any(flipped for _, flipped in group) else denoised
+        return torch.stack([(mirrored if flipped else denoised)[order] for order, flipped in group]).mean(0)
+
     def _agreed(self, denoised: Tensor, cameras: Cameras, share: float,
                 fuse: Callable[[ViewSet, Cameras], ViewSet]) -> Tensor:
         """The estimate [N,C,h,w] with `share` of it replaced by what its views, fused, look like from their cameras.
@@ -199,7 +214,7 @@ def fused_steps(total: int) -> set[int]:
 
 
 def check_arguments(prompt: str, num_views: int, elevation: float, guidance_scale: float, num_inference_steps: int,
-                    negative_prompt: str, consistency: float = 0.0) -> None:
+                    negative_prompt: str, consistency: float = 0.0, symmetry: tuple[str, ...] = ()) -> None:
     """Raises ValueError naming argument, value and what is allowed, for the first argument that is wrong."""
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         if not isinstance(text, str):
@@ -213,3 +228,5 @@ def check_arguments(prompt: str, num_views: int, elevation: float, guidance_scal
     for name, value, low, high in numbers:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             raise ValueError(f"{name} must be a number from {low} to {high}, got {value!r}")
+    if not isinstance(symmetry, (tuple, list)) or any(name not in SYMMETRIES for name in symmetry):
+        raise ValueError(f"symmetry must be some of {', '.join(SYMMETRIES)}, got {symmetry!r}")

@@ -20,6 +20,8 @@ MAX_FACES = (500, 200_000)
 TEXTURE_SIZES = (512, 1024, 2048, 4096)  # pixels a side
 COLORING = ("texture", "vertices")
 ORIGINS = ("feet", "center")
+SYMMETRY = {"none": (), "auto": None, "mirror": ("mirror",), "back": ("back",), "both": ("mirror", "back"),
+            "quarter": ("mirror", "quarter"), "round": ("mirror", "round")}  # those of coser.pipeline.SYMMETRIES
 MODULES = (*MIXERS, *BASELINES)  # that a checkpoint may have between its views
 LONGEST_SIDE = (0.01, 100.0)  # metres
 
@@ -33,7 +35,9 @@ class GenerationRequest:
     anew and the drawn one is reported back. consistency: 0 to 1, how much of the views is replaced by the object
     that they make together, at some steps. negative_prompt: at most 300 characters. mixers: the modules between views
     that work, some of adjacent, trajectory, glance, rectification, dense and temporal; those of the checkpoint that are
-    left out are switched off. None: all that it has.
+    left out are switched off. None: all that it has. symmetry: what the object is pulled to, one of SYMMETRY: "none" to
+    nothing, "auto" to what the prompt's kind of object usually has, "mirror" to left and right alike, "back" to front
+    and back, "both" to both, "quarter" to four sides alike, "round" to all.
     """
 
     prompt: str
@@ -46,6 +50,7 @@ class GenerationRequest:
     consistency: float = DEFAULT_CONSISTENCY
     negative_prompt: str = ""
     mixers: tuple[str, ...] | None = None
+    symmetry: str = "none"
 
     def __post_init__(self):
         checked = {
@@ -58,6 +63,7 @@ class GenerationRequest:
             "consistency": _number("consistency", self.consistency, *CONSISTENCY),
             "negative_prompt": _text("negative_prompt", self.negative_prompt, 0, PROMPT_LENGTH[1]),
             "mixers": None if self.mixers is None else _some_of("mixers", self.mixers, MODULES),
+            "symmetry": _one_of("symmetry", self.symmetry, tuple(SYMMETRY)),
         }
         if not isinstance(self.randomize_seed, bool):
             raise ValueError(f"randomize_seed must be true or false, got {_shown(self.randomize_seed)}")

@@ -29,9 +29,9 @@ from coser.own_views import PosedViews
 from coser.pipeline import CoSERPipeline, MultiviewStep, fused_steps
 from coser.reconstruction import stream_surface
 from coser.reconstruction.exports import export
-from coser.request import AssetOptions, GenerationRequest
+from coser.request import SYMMETRY, AssetOptions, GenerationRequest
 from coser.views import ViewSet, picture_grid, views_to_uint8
-from coser.vocabulary import load_vocabulary, sentence_embedder
+from coser.vocabulary import load_vocabulary, sentence_embedder, usual_symmetries
 
 log = logging.getLogger("coser")
 
@@ -90,6 +90,7 @@ class Studio:
             raise ValueError(f"checkpoint must be a folder with a model_index.json or a hub id, got {checkpoint}")
         self.pipeline = CoSERPipeline.from_pretrained(checkpoint).to(self.device, self.dtype)
         self.vocabulary = load_vocabulary(checkpoint, sentence_embedder(self.pipeline))  # None: it has not been told
+        self.symmetries = usual_symmetries(checkpoint, self.pipeline, self.vocabulary)
         self.lane = threading.Lock()
         # what building the mesh took last time, and fusing views in a step; the first run's estimate starts from these
         self._finish_seconds, self._fuse_seconds = 4.0, 3.0
@@ -162,7 +163,8 @@ class Studio:
                 yield run.stopped()
                 return
         self._fuse_seconds = run.fuse_seconds
-        record = {"title": request.prompt, "settings": asdict(request)} | self._origin(with_model=True)
+        record = {"title": request.prompt, "settings": asdict(request), "symmetries": list(self.symmetry_for(request))}
+        record |= self._origin(with_model=True)
         yield from self._build(run, last.views, last.cameras, record, glb, should_stop, options)
 
     def _rebuild(self, run: "_Run", posed: PosedViews, title: str, glb: Path, should_stop: Callable[[], bool],
@@ -241,7 +243,7 @@ class Studio:
             request.prompt, num_views=request.num_views, elevation=request.elevation,
             guidance_scale=request.guidance_scale, num_inference_steps=request.num_inference_steps,
             negative_prompt=request.negative_prompt, generator=generator_of(request), consistency=request.consistency,
-            fuse=fused_views, mixers=request.mixers)
+            fuse=fused_views, mixers=request.mixers, symmetry=self.symmetry_for(request))
 
     @property
     def mixers(self) -> tuple[str, ...]:
@@ -251,6 +253,11 @@ class Studio:
     def mixers_for(self, request: GenerationRequest) -> tuple[str, ...]:
         """Those of them that work where `request` is drawn."""
         return tuple(name for name in self.mixers if request.mixers is None or name in request.mixers)
+
+    def symmetry_for(self, request: GenerationRequest) -> tuple[str, ...]:
+        """What symmetries the object of `request` is drawn with."""
+        chosen = SYMMETRY[request.symmetry]
+        return self.symmetries.of_prompt(request.prompt) if chosen is None else chosen
 
 
 class _Run:

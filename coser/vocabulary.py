@@ -24,6 +24,7 @@ from torch import Tensor
 
 from coser.data.assets import Asset, last_word
 from coser.pipeline import CoSERPipeline
+from coser.symmetry import Symmetries, load_symmetries
 
 # Cosine, chosen on 532 captions of held-out assets and the words of the 1,612 assets whose kinds the shipped checkpoint
 # has seen longest (with the words of plainer ones that came later, 34 of the 93 below would pass instead of 22):
@@ -105,6 +106,11 @@ class Vocabulary:
         nearest = tuple(kinds[i] for i in suggested) if similarity >= NEAR_FROM else self._commonest()
         return Verdict(similarity >= KNOWN_FROM, similarity, nearest)
 
+    def nearest_kind(self, noun: str) -> str | None:
+        """The kind nearest to a noun, if it is near enough for the noun to be known."""
+        cosines = (self.embed([noun]) @ self.embeddings[:len(self.kinds)].T)[0]
+        return list(self.kinds)[int(cosines.argmax())] if float(cosines.max()) >= KNOWN_FROM else None
+
     def _commonest(self) -> tuple[str, ...]:
         return tuple(self.kinds)[:SUGGESTED]
 
@@ -127,6 +133,17 @@ def load_vocabulary(checkpoint: str | Path, embed: Embed) -> Vocabulary | None:
     stored = load_file(folder / "vocabulary.safetensors")
     embeddings = F.normalize(stored["embeddings"].float() * stored["scales"].float(), dim=-1)
     return Vocabulary(words["kinds"], words["phrases"], words["colors"], embeddings, embed)
+
+
+def usual_symmetries(checkpoint: str | Path, pipeline: CoSERPipeline, vocabulary: Vocabulary | None) -> Symmetries:
+    """The symmetries of a checkpoint's kinds, also of nouns near them where it has a vocabulary.
+
+    The pipeline's autoencoder takes the map that was measured with them.
+    """
+    found = load_symmetries(checkpoint, vocabulary.nearest_kind) if vocabulary else load_symmetries(checkpoint)
+    if found.mirror:
+        pipeline.vae.set_mirror(*found.mirror)
+    return found
 
 
 def learn_vocabulary(assets: Iterable[Asset], embed: Embed, min_kind_count: int = MIN_KIND_COUNT) -> Vocabulary:

@@ -34,6 +34,7 @@ class DrawnPipeline:
         self.open = self.most_open = 0
         self.count = threading.Lock()
         self.mixers: tuple[str, ...] | None = None  # of the last stream
+        self.symmetry: tuple[str, ...] = ()  # likewise
         self.unet = SimpleNamespace(config=SimpleNamespace(mixers=MIXERS))
 
     def to(self, *args, **kwargs) -> "DrawnPipeline":
@@ -47,8 +48,9 @@ class DrawnPipeline:
 
     def stream(self, prompt: str, *, num_views: int, elevation: float, guidance_scale: float, num_inference_steps: int,
                negative_prompt: str, generator: torch.Generator, consistency: float = 0.0,
-               fuse=None, mixers: tuple[str, ...] | None = None) -> Iterator[MultiviewStep]:
-        self.mixers = mixers
+               fuse=None, mixers: tuple[str, ...] | None = None,
+               symmetry: tuple[str, ...] = ()) -> Iterator[MultiviewStep]:
+        self.mixers, self.symmetry = mixers, symmetry
         with self.count:
             self.open += 1
             self.most_open = max(self.most_open, self.open)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import trimesh
@@ -33,8 +34,8 @@ def test_a_prompt_becomes_a_glb_and_its_path_is_all_that_stdout_says(capsys, tmp
 
 def test_a_note_about_the_prompt_is_said_once_before_the_steps_and_not_on_stdout(monkeypatch, capsys):
     unknown = Verdict(False, 0.5, ("box", "crate"))
-    monkeypatch.setattr("coser.studio.load_vocabulary",
-                        lambda *args: type("Unknowing", (), {"nearest": lambda self, prompt: unknown})())
+    unknowing = SimpleNamespace(nearest=lambda prompt: unknown, nearest_kind=lambda noun: None)
+    monkeypatch.setattr("coser.studio.load_vocabulary", lambda *args: unknowing)
     assert main(["a red violin", "-o", "violin.glb", *QUICK]) == 0
     out, err = capsys.readouterr()
     assert out == "violin.glb\n" and err.count(unknown.note) == 1
@@ -53,6 +54,7 @@ def test_without_an_output_the_glb_is_named_after_prompt_and_drawn_seed(capsys, 
     (["a box", "-o", "missing/box.glb"], "output"), (["a box", "--elevation", "31"], "elevation"),
     ([], "prompt"), (["a box", "--views", "."], "prompt"), (["a box", "--max-faces", "3"], "max_faces"),
     (["a box", "--texture-size", "77"], "texture_size"), (["a box", "--origin", "moon"], "origin"),
+    (["a box", "--symmetry", "sideways"], "symmetry"),
 ])
 def test_wrong_arguments_exit_with_2_and_one_line_that_names_them(arguments, named, capsys):
     assert main(arguments) == 2

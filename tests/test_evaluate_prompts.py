@@ -5,12 +5,14 @@ import pytest
 import torch
 
 from coser.evaluate_prompts import SHEET_TILE, SHEET_VIEWS, contact_sheet, evaluate_prompts, sheet_row
+from coser.symmetry import Symmetries
 from tests.drawn_pipeline import DrawnPipeline
 
 
 class CalledPipeline(DrawnPipeline):
-    def __call__(self, prompt: str, *, generator: torch.Generator, num_views: int, num_inference_steps: int):
-        *_, last = self.stream(prompt, num_views=num_views, elevation=20.0, guidance_scale=1.0,
+    def __call__(self, prompt: str, *, generator: torch.Generator, num_views: int, num_inference_steps: int,
+                 symmetry: tuple[str, ...] = ()):
+        *_, last = self.stream(prompt, num_views=num_views, elevation=20.0, guidance_scale=1.0, symmetry=symmetry,
                                num_inference_steps=num_inference_steps, negative_prompt="", generator=generator)
         return last
 
@@ -24,6 +26,15 @@ def test_consistent_views_score_high_and_close_up(drawn):
     for score, _, _ in drawn:
         assert score.watertight and score.own_iou > 0.95 and score.own_psnr > 20 and score.cross > 18, score
         assert 0 < score.coverage < 1 and score.seconds > 0
+
+
+def test_each_prompt_is_drawn_with_the_symmetries_of_its_kind():
+    pipeline, seen = CalledPipeline(), []
+    known = Symmetries({"box": ("back",), "fish": ()})
+    for _ in evaluate_prompts(pipeline, ["a red box", "a blue fish"], symmetries=known, num_views=6,
+                              num_inference_steps=1):
+        seen.append(pipeline.symmetry)
+    assert seen == [("back",), ()]
 
 
 def test_shuffled_views_score_lower_than_consistent_ones(drawn):

@@ -20,6 +20,7 @@ from coser.own_views import PosedViews
 from coser.request import AssetOptions, GenerationRequest
 from coser.sessions import (current_run, file_name, remove_old_runs, run_folder, session_folder, set_current_run)
 from coser.studio import TILE, Studio, _Run, grid
+from coser.symmetry import Symmetries
 from coser.vocabulary import Verdict
 
 REQUEST = GenerationRequest("a red box", num_views=6, num_inference_steps=3, mixers=MIXERS)
@@ -41,6 +42,7 @@ def studio(monkeypatch):
     ("seed", float("inf"), "0 to 2147483647"), ("seed", 2**31, "0 to 2147483647"),
     ("randomize_seed", 1, "true or false"), ("consistency", 1.1, "0 to 1"), ("consistency", "much", "0 to 1"),
     ("mixers", ("adjacent", "spoon"), "adjacent, trajectory, glance, rectification"), ("mixers", "glance", "adjacent"),
+    ("symmetry", "sideways", "none, auto, mirror, back, both, quarter, round"), ("symmetry", None, "none, auto"),
 ])
 def test_wrong_request_names_argument_and_what_is_allowed(name, value, allowed):
     with pytest.raises(ValueError, match=f"^{name} must .*{allowed}.*got") as error:
@@ -209,6 +211,16 @@ def test_a_mixer_that_is_left_out_is_switched_off(studio, tmp_path):
         with closing(studio.generate(replace(REQUEST, mixers=asked), tmp_path / "box.glb")) as run:
             next(run), next(run), next(run)
         assert studio.pipeline.mixers == passed
+
+
+@pytest.mark.parametrize("asked, passed", [("auto", ("back",)), ("none", ()), ("both", ("mirror", "back")),
+                                           ("quarter", ("mirror", "quarter")), ("round", ("mirror", "round"))])
+def test_symmetry_is_what_was_asked_for_or_what_the_kind_has(studio, tmp_path, asked, passed):
+    studio.symmetries = Symmetries({"box": ("back",)})
+    done = list(studio.generate(replace(REQUEST, symmetry=asked), tmp_path / "box.glb", options=QUICK))[-1]
+    assert studio.pipeline.symmetry == passed
+    record = json.loads(done.run_file.read_text())
+    assert (record["settings"]["symmetry"], record["symmetries"]) == (asked, list(passed))
 
 
 def test_the_run_file_tells_which_modules_worked(studio, tmp_path):

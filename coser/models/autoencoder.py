@@ -109,6 +109,8 @@ class ViewAutoencoder(ModelMixin, ConfigMixin):
         self.preview = nn.Sequential(
             nn.Conv2d(latent_channels, c8, 3, padding=1), nn.SiLU(), nn.Conv2d(c8, c8, 3, padding=1), nn.SiLU(),
             nn.Conv2d(c8, patch_channels, 1), nn.PixelShuffle(PATCH))
+        for name in ("mirror_weight", "mirror_bias"):  # of `set_mirror`; no part of the weights
+            self.register_buffer(name, None, persistent=False)
 
     def encode(self, channels: Tensor) -> Tensor:
         """[B,5,H,W] in [0,1], H and W multiples of 16 => raw latents [B,C,H/16,W/16] in the weights' dtype."""
@@ -151,3 +153,19 @@ class ViewAutoencoder(ModelMixin, ConfigMixin):
         """
         mean, std = self._statistics(latents)
         return channels_to_views(self.decode_preview((latents.float() * std + mean).to(self.dtype)))
+
+    def set_mirror(self, weight: Tensor, bias: Tensor) -> None:
+        """Takes the map of `mirror_latents`: weight [C,C,3,3] and bias [C], of normalised latents that were flipped."""
+        self.mirror_weight, self.mirror_bias = weight.to(self.device, self.dtype), bias.to(self.device, self.dtype)
+
+    def mirror_latents(self, latents: Tensor) -> Tensor:
+        """Normalised latents [N,C,h,w] => about those of the same views from left to right, float32.
+
+        Patches are not coded alike from both sides, so flipping alone will not do. By a linear map where `set_mirror`
+        gave one, else by way of the views themselves, which takes far longer.
+        """
+        if self.mirror_weight is None:
+            views = self.latents_to_views(latents)
+            return self.views_to_latents(ViewSet(views.views.flip(-1), views.masks.flip(-1), views.depths.flip(-1)))
+        flipped = F.pad(latents.float().flip(-1), (1, 1, 1, 1), mode="replicate")
+        return F.conv2d(flipped, self.mirror_weight.float(), self.mirror_bias.float())
