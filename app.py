@@ -33,7 +33,7 @@ MIXER_NAMES = {"adjacent": "Adjacent attention", "trajectory": "Trajectory atten
                "glance": "Rapid Glance (Mamba scan)", "rectification": "Rectification (score attention)",
                "dense": "Dense attention", "temporal": "Same-place attention"}
 SYMMETRY_NAMES = {"None": "none", "As its kind usually is": "auto", "Left and right alike": "mirror",
-                  "Front and back alike": "back", "Both": "both", "Four sides alike": "quarter", "Round": "round"}
+                  "Front and back alike": "back", "Both of these": "both", "Four sides alike": "quarter", "Round": "round"}
 PICTURES = [".png", ".jpg", ".jpeg", ".webp", ".zip", ".json"]
 
 THEME = gr.themes.Soft(
@@ -79,7 +79,7 @@ def setting_inputs(mixers: tuple[str, ...]) -> list[gr.components.Component]:
                                label="Modules between views", info="switch one off to see what it does",
                                elem_id="mixers")
     symmetry = gr.Dropdown(list(SYMMETRY_NAMES.items()), value=DEFAULTS.symmetry, label="Symmetry",
-                           info="pulls towards it", elem_id="symmetry")
+                           info="sides that shall be alike", elem_id="symmetry")
     return [num_views, guidance_scale, steps, elevation, seed, randomize, consistency, modules, symmetry]
 
 

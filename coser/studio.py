@@ -221,7 +221,8 @@ class Studio:
         run_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         seed = "" if run.seed is None else f", seed {run.seed}"
         painted = "colours at the vertices" if mesh.texture is None else f"texture of {len(mesh.texture)} pixels"
-        message = f"Done in {seconds:.0f} s: {len(mesh.faces):,} triangles, {painted}{seed}"
+        alike = alike_sides(tuple(record.get("symmetries", ())))
+        message = f"Done in {seconds:.0f} s: {len(mesh.faces):,} triangles, {painted}{seed}{alike}"
         return replace(run.update("done", message), percent=100, seconds_left=0.0, glb=glb, run_file=run_file,
                        asset=asset)
 
@@ -315,6 +316,15 @@ class _Run:
         else:
             where, kept = "Stopped.", "No new model was made."
         return replace(self.update("stopped", f"{where} {kept}"), seconds_left=None)
+
+
+def alike_sides(symmetries: tuple[str, ...]) -> str:
+    """What a message adds about an object's symmetries; "" where there is none."""
+    for name, sides in (("round", "all sides"), ("quarter", "four sides")):  # each has the ones below it
+        if name in symmetries:
+            return f", {sides} alike"
+    sides = [sides for name, sides in (("mirror", "left and right"), ("back", "front and back")) if name in symmetries]
+    return f", {', '.join(sides)} alike" if sides else ""
 
 
 def generator_of(request: GenerationRequest) -> torch.Generator:

@@ -213,14 +213,17 @@ def test_a_mixer_that_is_left_out_is_switched_off(studio, tmp_path):
         assert studio.pipeline.mixers == passed
 
 
-@pytest.mark.parametrize("asked, passed", [("auto", ("back",)), ("none", ()), ("both", ("mirror", "back")),
-                                           ("quarter", ("mirror", "quarter")), ("round", ("mirror", "round"))])
-def test_symmetry_is_what_was_asked_for_or_what_the_kind_has(studio, tmp_path, asked, passed):
+@pytest.mark.parametrize("asked, passed, said", [
+    ("auto", ("back",), "seed 0, front and back alike"), ("none", (), "seed 0"),
+    ("both", ("mirror", "back"), "seed 0, left and right, front and back alike"),
+    ("quarter", ("mirror", "quarter"), "seed 0, four sides alike"), ("round", ("mirror", "round"), "all sides alike")])
+def test_symmetry_is_what_was_asked_for_or_what_the_kind_has(studio, tmp_path, asked, passed, said):
     studio.symmetries = Symmetries({"box": ("back",)})
     done = list(studio.generate(replace(REQUEST, symmetry=asked), tmp_path / "box.glb", options=QUICK))[-1]
     assert studio.pipeline.symmetry == passed
     record = json.loads(done.run_file.read_text())
     assert (record["settings"]["symmetry"], record["symmetries"]) == (asked, list(passed))
+    assert done.message.endswith(said)
 
 
 def test_the_run_file_tells_which_modules_worked(studio, tmp_path):
