@@ -74,9 +74,9 @@ def setting_inputs(mixers: tuple[str, ...]) -> list[gr.components.Component]:
                          info="same seed, same object", elem_id="seed")
         randomize = gr.Checkbox(True, label="New seed every time", container=False, elem_id="randomize-seed")
     consistency = gr.Slider(*CONSISTENCY, DEFAULTS.consistency, step=0.1, label="Consistency",
-                            info="fuse views while drawing", elem_id="consistency")
+                            info="views fused", elem_id="consistency")
     modules = gr.CheckboxGroup([(MIXER_NAMES[name], name) for name in mixers], value=list(mixers),
-                               label="Modules between views", info="switch one off to see what it does",
+                               label="Modules between views", info="switch one off to see what it does", scale=3,
                                elem_id="mixers")
     symmetry = gr.Dropdown(list(SYMMETRY_NAMES.items()), value=DEFAULTS.symmetry, label="Symmetry",
                            info="sides that shall be alike", elem_id="symmetry")
