@@ -20,7 +20,7 @@ from coser.examples import load_examples
 from coser.pipeline import ELEVATIONS, NUM_VIEWS
 from coser.reconstruction.exports import FORMATS
 from coser.request import (COLORING, CONSISTENCY, GUIDANCE_SCALE, LONGEST_SIDE, MAX_FACES, NUM_INFERENCE_STEPS, ORIGINS,
-                           SEED, TEXTURE_SIZES, AssetOptions, GenerationRequest)
+                           SEED, SYMMETRY, TEXTURE_SIZES, AssetOptions, GenerationRequest)
 from coser.sessions import KEPT_SECONDS
 from coser.studio import SMALL, Studio, log_to_terminal
 from desk import Desk, something_ready, status_line
@@ -32,8 +32,9 @@ ASSET = AssetOptions()
 MIXER_NAMES = {"adjacent": "Adjacent attention", "trajectory": "Trajectory attention",
                "glance": "Rapid Glance (Mamba scan)", "rectification": "Rectification (score attention)",
                "dense": "Dense attention", "temporal": "Same-place attention"}
-SYMMETRY_NAMES = {"None": "none", "As its kind usually is": "auto", "Left and right alike": "mirror",
-                  "Front and back alike": "back", "Both of these": "both", "Four sides alike": "quarter", "Round": "round"}
+SYMMETRY_NAMES = {"none": "None", "auto": "As its kind usually is", "mirror": "Left and right alike",
+                  "back": "Front and back alike", "both": "Both of these", "quarter": "Four sides alike",
+                  "round": "Round"}
 PICTURES = [".png", ".jpg", ".jpeg", ".webp", ".zip", ".json"]
 
 THEME = gr.themes.Soft(
@@ -78,8 +79,8 @@ def setting_inputs(mixers: tuple[str, ...]) -> list[gr.components.Component]:
     modules = gr.CheckboxGroup([(MIXER_NAMES[name], name) for name in mixers], value=list(mixers),
                                label="Modules between views", info="switch one off to see what it does", scale=3,
                                elem_id="mixers")
-    symmetry = gr.Dropdown(list(SYMMETRY_NAMES.items()), value=DEFAULTS.symmetry, label="Symmetry",
-                           info="sides that shall be alike", elem_id="symmetry")
+    symmetry = gr.Dropdown([(SYMMETRY_NAMES[name], name) for name in SYMMETRY], value=DEFAULTS.symmetry,
+                           label="Symmetry", info="sides that shall be alike", elem_id="symmetry")
     return [num_views, guidance_scale, steps, elevation, seed, randomize, consistency, modules, symmetry]
 
 

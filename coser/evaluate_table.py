@@ -19,7 +19,7 @@ from coser import agreement
 from coser.benchmark import watch_run
 from coser.cameras import Cameras
 from coser.consistency import CONSISTENCY, fused_views
-from coser.data.dataset import Ring, list_rings
+from coser.data.dataset import Ring, first_rings, list_rings
 from coser.data.index import read_index, write_index
 from coser.data.render import load_ring, save_ring
 from coser.devices import add_dtype_option, dtype_asked_for
@@ -128,7 +128,7 @@ def judge_figures(judge: ViewJudge, reference: Tensor, ring: Ring, views: ViewSe
 
 def reference_embeddings(judge: ViewJudge, rings: list[Ring], cache: Path) -> Tensor:
     """Embeddings [M,D] of the training assets, each from six views of its first ring; kept in `cache`."""
-    rings = [r for r in rings if "~" not in r.asset_id and r.path.stem.endswith("-0")]
+    rings = first_rings(rings)
     weights = judge.to_embedding.weight.detach().numpy().tobytes()
     key = sha256(str([r.path.stem for r in rings]).encode() + weights).hexdigest()
     file = cache / f"reference-{key[:16]}.safetensors"

@@ -29,10 +29,6 @@ def shape_of(ring: Ring) -> str:
     return ring.asset_id.split("~")[0]
 
 
-def is_repainted(ring: Ring) -> bool:
-    return "~" in ring.asset_id
-
-
 @dataclass(frozen=True)
 class SmallRing:
     """A ring as the judge reads it.

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coser.data.dataset import Ring, list_rings
+from coser.data.dataset import Ring, first_rings, list_rings
 from coser.data.render import load_ring
 from coser.models.autoencoder import ViewAutoencoder
 from coser.symmetry import SYMMETRIES, Symmetries, ring_symmetries
@@ -44,10 +44,9 @@ def is_alike(views: ViewSet, image: ViewSet) -> bool:
 def symmetries_of_ring(views: ViewSet) -> tuple[str, ...]:
     """The symmetries that a ring of N views shows, the first view from the front."""
     small = ViewSet(*(F.avg_pool2d(t.float(), 4) for t in (views.views, views.masks, views.depths)))
-    mirrored = ViewSet(small.views.flip(-1), small.masks.flip(-1), small.depths.flip(-1))
-    count, found = len(small), []
+    mirrored, found = small.mirrored(), []
     for name in SYMMETRIES:
-        group = ring_symmetries((name,), count)
+        group = ring_symmetries((name,), len(small))
         others = [(mirrored if flipped else small)[order] for order, flipped in group[1:]]
         if others and all(is_alike(small, other) for other in others):
             found.append(name)
@@ -55,14 +54,14 @@ def symmetries_of_ring(views: ViewSet) -> tuple[str, ...]:
 
 
 def learn_symmetries(rings: Iterable[Ring]) -> Symmetries:
-    """What most assets of each kind have, and what most of all assets have; one ring of each asset is looked at.
+    """What most assets of each kind have, and what most of all assets have. rings: one of each asset (`first_rings`).
 
-    Repainted copies and scenes say nothing of their own and are left out, as are rings that do not begin at the front.
+    Scenes say nothing of their own and are left out, as are rings that do not begin at the front.
     """
     found: dict[str, list[tuple[str, ...]]] = defaultdict(list)
     for ring in rings:
         views, cameras = load_ring(ring.path)
-        if "~" not in ring.asset_id and not ring.kinds and abs(float(cameras.azimuths[0])) < 1e-3:
+        if not ring.kinds and abs(float(cameras.azimuths[0])) < 1e-3:
             found[ring.kind].append(symmetries_of_ring(views))
     found = {kind: shown for kind, shown in found.items() if len(shown) >= MIN_KIND_COUNT}
     groups = {"": [shown for kind in found.values() for shown in kind]} | found
@@ -81,7 +80,7 @@ def fit_mirror(vae: ViewAutoencoder, views: Iterable[ViewSet]) -> tuple[Tensor, 
     size = 9 * channels + 1
     products, targets = torch.zeros(size, size, dtype=torch.double), torch.zeros(size, channels, dtype=torch.double)
     for some in views:
-        latents, mirrored = vae.views_to_latents(some).cpu(), vae.views_to_latents(mirror_image(some)).cpu()
+        latents, mirrored = (vae.views_to_latents(v).cpu() for v in (some, some.mirrored()))
         seen = F.unfold(F.pad(latents.flip(-1), (1, 1, 1, 1), mode="replicate"), 3)
         seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1).permute(0, 2, 1).reshape(-1, size).double()
         products += seen.T @ seen
@@ -91,11 +90,6 @@ def fit_mirror(vae: ViewAutoencoder, views: Iterable[ViewSet]) -> tuple[Tensor, 
     return solved[:-1].T.reshape(channels, channels, 3, 3).contiguous(), solved[-1].contiguous()
 
 
-def mirror_image(views: ViewSet) -> ViewSet:
-    """Each view from left to right."""
-    return ViewSet(views.views.flip(-1), views.masks.flip(-1), views.depths.flip(-1))
-
-
 def main(argv: list[str] | None = None) -> None:
     """Measure the symmetries of rendered training assets and the autoencoder's mirror map; write both."""
     parser = argparse.ArgumentParser(prog="python -m coser.learn_symmetry", description=__doc__.splitlines()[0])
@@ -103,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path, help="pipeline folder")
     args = parser.parse_args(argv)
     try:
-        rings = [r for r in list_rings(args.renders) if r.path.stem.endswith("-0") and "~" not in r.asset_id]
+        rings = first_rings(list_rings(args.renders))
         vae = ViewAutoencoder.from_pretrained(args.checkpoint / "vae").eval()
         chosen = (load_ring(ring.path)[0] for ring in rings[::math.ceil(len(rings) / FIT_RINGS)])
         mirror = fit_mirror(vae, (views[::max(1, len(views) // FIT_VIEWS)] for views in chosen))
@@ -111,8 +105,9 @@ def main(argv: list[str] | None = None) -> None:
         learnt.save(args.checkpoint)
     except (ValueError, OSError) as error:
         parser.exit(1, f"coser: {error}\n")
-    counts = {name: sum(name in names for names in learnt.of_kind.values()) for name in SYMMETRIES}
-    print(f"{len(learnt.of_kind)} kinds of {len(rings)} rings:", ", ".join(f"{name} {n}" for name, n in counts.items()))
+    kinds = [names for kind, names in learnt.of_kind.items() if kind]
+    counts = {name: sum(name in names for names in kinds) for name in SYMMETRIES}
+    print(f"{len(kinds)} kinds of {len(rings)} rings:", ", ".join(f"{name} {n}" for name, n in counts.items()))
 
 
 if __name__ == "__main__":

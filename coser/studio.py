@@ -155,7 +155,8 @@ class Studio:
         run.note = self.vocabulary.nearest(request.prompt).note if self.vocabulary else ""
         run.picture = grid(self._starting_noise(request))
         yield run.update("denoising", "Starting from noise")
-        for step in self._stream(request):
+        symmetry = self.symmetry_for(request)
+        for step in self._stream(request, symmetry):
             last = step
             run.count(step, grid(step.views))
             yield run.update("denoising", f"Drawing the views, step {step.index} of {step.total}")
@@ -163,7 +164,7 @@ class Studio:
                 yield run.stopped()
                 return
         self._fuse_seconds = run.fuse_seconds
-        record = {"title": request.prompt, "settings": asdict(request), "symmetries": list(self.symmetry_for(request))}
+        record = {"title": request.prompt, "settings": asdict(request), "symmetries": list(symmetry)}
         record |= self._origin(with_model=True)
         yield from self._build(run, last.views, last.cameras, record, glb, should_stop, options)
 
@@ -239,12 +240,12 @@ class Studio:
             latents = self.pipeline.prepare_latents(request.num_views, generator_of(request))
             return self.pipeline.latents_to_views(latents, preview=True)
 
-    def _stream(self, request: GenerationRequest) -> Iterator[MultiviewStep]:
+    def _stream(self, request: GenerationRequest, symmetry: tuple[str, ...]) -> Iterator[MultiviewStep]:
         return self.pipeline.stream(
             request.prompt, num_views=request.num_views, elevation=request.elevation,
             guidance_scale=request.guidance_scale, num_inference_steps=request.num_inference_steps,
             negative_prompt=request.negative_prompt, generator=generator_of(request), consistency=request.consistency,
-            fuse=fused_views, mixers=request.mixers, symmetry=self.symmetry_for(request))
+            fuse=fused_views, mixers=request.mixers, symmetry=symmetry)
 
     @property
     def mixers(self) -> tuple[str, ...]:

@@ -26,11 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coser.data.assets import with_article
-from coser.data.dataset import CHANNEL_ORDERS, Prefetched, Ring, list_rings, step_generator
+from coser.data.dataset import CHANNEL_ORDERS, Prefetched, Ring, is_repainted, list_rings, step_generator
 from coser.devices import choose_dtype
 from coser.judge import SECTORS, ViewJudge, azimuth_to_sector, sentence_states
-from coser.judge_figures import (SmallRing, fit_janus_rule, fronted, fronted_kinds, is_repainted, janus_figures,
-                                 judge_rings, shape_of, side_figures, small_rings, word_figures)
+from coser.judge_figures import (SmallRing, fit_janus_rule, fronted, fronted_kinds, janus_figures, judge_rings,
+                                 shape_of, side_figures, small_rings, word_figures)
 from coser.optimizer import MasterOptimizer, learning_rate
 from coser.train_loop import Log, Options, train_loop
 

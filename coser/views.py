@@ -43,6 +43,10 @@ class ViewSet:
     def to(self, *args, **kwargs) -> "ViewSet":
         return ViewSet(*(t.to(*args, **kwargs) for t in (self.views, self.masks, self.depths)))
 
+    def mirrored(self) -> "ViewSet":
+        """Each view from left to right."""
+        return ViewSet(*(t.flip(-1) for t in (self.views, self.masks, self.depths)))
+
     def on_background(self, value: float = 1.0) -> Tensor:
         """The views over a plain background of brightness `value` in [0,1]: [N,3,H,W]."""
         return self.views + value * (1 - self.masks)

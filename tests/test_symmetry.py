@@ -14,7 +14,7 @@ from tiny import tiny_pipeline
 from coser.cameras import Cameras
 from coser.data.dataset import list_rings
 from coser.data.render import save_ring
-from coser.learn_symmetry import fit_mirror, learn_symmetries, main, mirror_image, symmetries_of_ring
+from coser.learn_symmetry import fit_mirror, learn_symmetries, main, symmetries_of_ring
 from coser.pipeline import SYMMETRIC_UNTIL, CoSERPipeline
 from coser.rasterizer import render
 from coser.studio import SMALL
@@ -35,7 +35,7 @@ def box_ring(sides, num_views: int = 8) -> ViewSet:
 
 
 def image(views: ViewSet, order: list[int], flipped: bool) -> ViewSet:
-    return (mirror_image(views) if flipped else views)[order]
+    return (views.mirrored() if flipped else views)[order]
 
 
 def difference(a: ViewSet, b: ViewSet) -> float:
@@ -135,7 +135,7 @@ def test_the_shipped_map_gives_the_latents_of_the_mirror_image():
     pipeline = CoSERPipeline.from_pretrained(SMALL)
     usual_symmetries(SMALL, pipeline, None)
     vae, views = pipeline.vae, render(*cube(0.5), Cameras.orbit(4, 10.0), 256)
-    latents, wanted = vae.views_to_latents(views), vae.views_to_latents(mirror_image(views))
+    latents, wanted = vae.views_to_latents(views), vae.views_to_latents(views.mirrored())
     mapped, flipped = ((found - wanted).square().mean() / wanted.var()
                        for found in (vae.mirror_latents(latents), latents.flip(-1)))
     assert mapped < 0.05 and mapped < 0.2 * flipped
@@ -159,7 +159,7 @@ def test_the_map_is_found_where_there_is_an_exact_one():
 def test_without_a_map_mirroring_goes_by_way_of_the_views(pipeline):
     vae = pipeline.vae
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    expected = vae.views_to_latents(mirror_image(vae.latents_to_views(latents)))
+    expected = vae.views_to_latents(vae.latents_to_views(latents).mirrored())
     torch.testing.assert_close(vae.mirror_latents(latents), expected)
 
 
@@ -174,7 +174,7 @@ def test_the_command_adds_the_table_and_the_map_and_changes_nothing_else(rings, 
     assert usual_symmetries(checkpoint, pipeline, None).of_kind["shield"] == ("back",)
     views = box_ring(SIDES["mirror"])
     with torch.no_grad():
-        latents, wanted = (pipeline.vae.views_to_latents(v) for v in (views, mirror_image(views)))
+        latents, wanted = (pipeline.vae.views_to_latents(v) for v in (views, views.mirrored()))
         assert (pipeline.vae.mirror_latents(latents) - wanted).norm() < (latents.flip(-1) - wanted).norm()
     pipeline.vae.save_pretrained(tmp_path / "vae")  # the map is no part of the weights
     assert set(load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")) == set(

@@ -85,8 +85,17 @@ def _other_side(found: re.Match) -> str:
 
 def mirror_views(views: ViewSet) -> ViewSet:
     """A whole ring's N views at even azimuths, the first at 0 => those of the mirror image, at the same azimuths."""
-    turned = -torch.arange(len(views)) % len(views)
-    return ViewSet(*(maps[turned].flip(-1) for maps in (views.views, views.masks, views.depths)))
+    return views[-torch.arange(len(views)) % len(views)].mirrored()
+
+
+def is_repainted(ring: Ring) -> bool:
+    """Whether it shows a copy that `coser.data.recolor` made, `<asset id>~<colour>`."""
+    return "~" in ring.asset_id
+
+
+def first_rings(rings: list[Ring]) -> list[Ring]:
+    """The first ring of each asset, none of repainted copies."""
+    return [r for r in rings if not is_repainted(r) and r.path.stem.endswith("-0")]
 
 
 def list_rings(renders: str | Path, limit: int | None = None, min_kind_count: int = 1) -> list[Ring]:

@@ -165,7 +165,6 @@ class ViewAutoencoder(ModelMixin, ConfigMixin):
         gave one, else by way of the views themselves, which takes far longer.
         """
         if self.mirror_weight is None:
-            views = self.latents_to_views(latents)
-            return self.views_to_latents(ViewSet(views.views.flip(-1), views.masks.flip(-1), views.depths.flip(-1)))
+            return self.views_to_latents(self.latents_to_views(latents).mirrored())
         flipped = F.pad(latents.float().flip(-1), (1, 1, 1, 1), mode="replicate")
         return F.conv2d(flipped, self.mirror_weight.float(), self.mirror_bias.float())
