@@ -12,17 +12,20 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from coser.peers import Peers
+
 
 class MasterOptimizer:
     """Steps a model's parameters through fp32 masters and keeps their exponential moving average.
 
     lr is in AdamW's units for both parts (Muon's update is scaled to AdamW's root mean square, "Muon is Scalable for
     LLM Training", section 2.2). ema_decay: the average's decay, reached by warming up as (1 + step) / (10 + step).
-    clip: largest norm of the whole gradient. use_muon=False: AdamW for all.
+    clip: largest norm of the whole gradient. use_muon=False: AdamW for all. peers: the processes that make the same
+    steps, each of which orthogonalises a part of the matrices for all.
     """
 
     def __init__(self, model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.01, ema_decay: float = 0.999,
-                 clip: float = 1.0, use_muon: bool = True):
+                 clip: float = 1.0, use_muon: bool = True, peers: Peers = Peers()):
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.names = [n for n, _ in named]
         self.params = [p for _, p in named]
@@ -36,7 +39,7 @@ class MasterOptimizer:
         if rest:
             self.optimizers.append(torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True))
         if muon:
-            self.optimizers.append(BatchedMuon(muon, lr, weight_decay, dtype=self.params[0].dtype))
+            self.optimizers.append(BatchedMuon(muon, lr, weight_decay, self.params[0].dtype, peers))
 
     @staticmethod
     def _master(p: Tensor, matrix: bool) -> Tensor:
@@ -127,12 +130,14 @@ class BatchedMuon(torch.optim.Muon):
     """torch's Muon, whose Newton-Schulz iterations take all matrices of one shape at once, in a dtype of our choice.
 
     torch's own go matrix by matrix and in bfloat16 wherever they run: on a processor that is not quick in it, a step of
-    the preset `small` took 30 s for them. dtype: of the iterations. Weights and momentum stay float32.
+    the preset `small` took 30 s for them. dtype: of the iterations. Weights and momentum stay float32. peers: processes
+    with the same gradients, which share the iterations.
     """
 
-    def __init__(self, params: list[Tensor], lr: float, weight_decay: float, dtype: torch.dtype):
+    def __init__(self, params: list[Tensor], lr: float, weight_decay: float, dtype: torch.dtype,
+                 peers: Peers = Peers()):
         super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-        self.dtype = dtype
+        self.dtype, self.peers = dtype, peers
 
     @torch.no_grad()
     def step(self) -> None:
@@ -149,11 +154,17 @@ class BatchedMuon(torch.optim.Muon):
             same_shape: dict[torch.Size, list[int]] = {}
             for i, p in enumerate(params):
                 same_shape.setdefault(p.shape, []).append(i)
-            for shape, members in same_shape.items():
-                stacked = torch.stack([directions[i] for i in members]).to(self.dtype)
-                orthogonal = orthogonalised(stacked, group["ns_coefficients"], group["ns_steps"]).float()
+            stacks = [torch.stack([directions[i] for i in members]).to(self.dtype) for members in same_shape.values()]
+            self.peers.each_a_part(stacks, [_operations(stack) for stack in stacks], lambda stack: orthogonalised(
+                stack, group["ns_coefficients"], group["ns_steps"]))
+            for (shape, members), orthogonal in zip(same_shape.items(), stacks):
                 length = group["lr"] * 0.2 * max(shape) ** 0.5  # whose root mean square is AdamW's
-                torch._foreach_add_([params[i] for i in members], list(orthogonal), alpha=-length)
+                torch._foreach_add_([params[i] for i in members], list(orthogonal.float()), alpha=-length)
+
+
+def _operations(matrices: Tensor) -> int:
+    """What orthogonalising matrices [k,m,n] takes, in any unit."""
+    return matrices.numel() * min(matrices.shape[1:])
 
 
 def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:

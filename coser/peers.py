@@ -58,6 +58,22 @@ class Peers:
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
             gradient.copy_(mean.view_as(gradient))
 
+    def each_a_part(self, tensors: list[Tensor], costs: list[int], work: Callable[[Tensor], Tensor]) -> None:
+        """Replaces every tensor by work(tensor), of the same shape, done by one of the processes for all of them.
+
+        costs: how long each takes, in any unit; they are dealt out so that all finish at about the same time.
+        """
+        loads, owners = [0] * self.size, [0] * len(tensors)
+        for i in sorted(range(len(tensors)), key=lambda i: -costs[i]):
+            owners[i] = loads.index(min(loads))
+            loads[owners[i]] += costs[i]
+        for tensor, owner in zip(tensors, owners):
+            if owner == self.rank:
+                tensor.copy_(work(tensor))
+        if self.size > 1:
+            for tensor, owner in zip(tensors, owners):
+                distributed.broadcast(tensor, owner)
+
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a scalar over the processes."""
         if self.size == 1:

@@ -136,7 +136,7 @@ def train(options: argparse.Namespace, loop: Options, peers: Peers) -> None:
         started = ViewAutoencoder.load_config(options.start)
         model.register_to_config(latent_mean=started["latent_mean"], latent_std=started["latent_std"])
     lr = learning_rate(preset, options.muon, options.lr)
-    optimizer = MasterOptimizer(model, lr=lr, use_muon=options.muon)
+    optimizer = MasterOptimizer(model, lr=lr, use_muon=options.muon, peers=peers)
 
     def rings_so_far() -> list[Ring]:
         return list_rings(options.renders, options.limit)

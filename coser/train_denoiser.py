@@ -22,7 +22,7 @@ from coser.flow import LEVELS, TRAINING_SHIFT, WEIGHTINGS, flow_loss, level_weig
 from coser.held_out_loss import held_out_losses
 from coser.latents import encode_rings, encoded_rings, latent_size
 from coser.models.autoencoder import ViewAutoencoder
-from coser.models.block import NEEDS_WEIGHTS, MultiviewTransformerBlock
+from coser.models.block import MIXERS, NEEDS_WEIGHTS, MultiviewTransformerBlock
 from coser.models.resnet import ResnetBlock
 from coser.models.text_encoder import SentenceTextEncoder, load_tokenizer
 from coser.models.unet import MultiviewUNet
@@ -135,7 +135,8 @@ def small_pipeline(options: argparse.Namespace, vae: ViewAutoencoder | None, siz
     model = PRESETS[options.preset]["model"]
     latent = {} if vae is None else dict.fromkeys(("in_channels", "out_channels"), vae.config.latent_channels)
     two_d = model["unet"] | options.model.get("unet", {}) | latent | {"sample_size": size}
-    unet = MultiviewUNet(**model | options.model | {"unet": two_d})
+    mixers = {"mixers": mixers_to_go_on_with(options.start)} if options.start else {}
+    unet = MultiviewUNet(**model | mixers | options.model | {"unet": two_d})
     if options.start:
         start_from(unet, options.start)
     unet = unet.to(options.device, dtype, memory_format=torch.channels_last)
@@ -211,7 +212,7 @@ def train(options: argparse.Namespace, loop: Options, peers: Peers) -> None:
                           depths_of(rings) if options.correspondence else None, peers.size)
     overheard = Overheard(unet) if options.correspondence or options.dispersion else None
     lr = learning_rate(preset, options.muon, options.lr)
-    optimizer = MasterOptimizer(unet, lr=lr, ema_decay=options.ema, use_muon=options.muon)
+    optimizer = MasterOptimizer(unet, lr=lr, ema_decay=options.ema, use_muon=options.muon, peers=peers)
     if options.compile:
         compile_parts(unet)
     say = functools.partial(print, flush=True) if peers.first else lambda line: None
@@ -291,6 +292,18 @@ def sample_flop(meter: Throughput, unet: MultiviewUNet, batch: RingBatch, embeds
         unet.zero_grad(set_to_none=True)
 
     return meter.flop_once((len(batch.cameras), mixers), work)
+
+
+def mixers_to_go_on_with(folder: Path) -> tuple[str, ...]:
+    """The method's own and any others that the pipeline in `folder` has, so that all of its weights have their place.
+
+    Raises ValueError when there is no pipeline.
+    """
+    try:
+        config = MultiviewUNet.load_config(folder / "unet", local_files_only=True)
+    except OSError as error:
+        raise ValueError(f"start must be a pipeline's folder, with unet/config.json in it, got {folder}") from error
+    return tuple(dict.fromkeys((*MIXERS, *config.get("mixers", ()))))
 
 
 def start_from(unet: MultiviewUNet, folder: Path) -> None:

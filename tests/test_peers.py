@@ -73,6 +73,28 @@ def test_two_processes_end_where_one_does_at_the_same_step_by_one_clock(tmp_path
     assert int(ends[0]["steps"]) >= 1 and all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
 
 
+def doubled_in_parts(folder: Path, peers: Peers) -> None:
+    """Doubles three tensors, one of them as long as the others together; writes down what is there and who did it."""
+    tensors, mine = [torch.arange(n).bfloat16() for n in (3, 5, 2)], []
+
+    def work(tensor):
+        mine.append(len(tensor))
+        return 2 * tensor
+
+    peers.each_a_part(tensors, [3, 5, 2], work)
+    whole = {str(len(t)): t for t in tensors}
+    save_file(whole | {"mine": torch.tensor(mine)}, folder / f"{peers.size}-{peers.rank}.safetensors")
+
+
+def test_work_is_dealt_out_evenly_and_its_results_reach_all(tmp_path):
+    for processes in (1, 2):
+        train_together(doubled_in_parts, processes, "cpu", tmp_path)
+    one, first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
+    assert [sorted(found["mine"].tolist()) for found in (one, first, second)] == [[2, 3, 5], [5], [2, 3]]
+    for found in (one, first, second):
+        assert all(torch.equal(found[str(n)], 2 * torch.arange(n).bfloat16()) for n in (3, 5, 2))
+
+
 def trained_by_one_and_by_two(command: list[str], folder: Path) -> tuple[list[list[dict]], list[dict]]:
     """Logs and training states of three steps of a training, by one process and by two."""
     logs, states = [], []

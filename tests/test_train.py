@@ -16,6 +16,8 @@ from torch import nn
 
 from coser import train_loop
 from coser.models.autoencoder import ViewAutoencoder
+from coser.models.block import MIXERS
+from coser.models.unet import MultiviewUNet
 from coser.optimizer import MasterOptimizer
 from coser.pipeline import CoSERPipeline
 from coser.train import main
@@ -174,6 +176,25 @@ def test_a_denoiser_starts_from_the_weights_it_is_given(options, finished, tmp_p
     weights = [load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
                for folder in (start, checkpoints(tmp_path / "run")[-1])]
     assert all(torch.allclose(weights[0][k], weights[1][k], rtol=1e-3, atol=1e-6) for k in weights[0])
+
+
+def test_a_start_keeps_the_modules_that_the_preset_has_not(options, tmp_path):
+    """As the shipped checkpoint does, which has five."""
+    mixers = ["adjacent", "temporal"]
+    start, onwards = tmp_path / "start", tmp_path / "onwards"
+    main([*options["denoiser"], "--run", str(start), "--steps", "1", "--model", json.dumps({"mixers": mixers})])
+    main([*options["denoiser"], "--run", str(onwards), "--steps", "1", "--start", str(start / "checkpoint-1"),
+          "--lr", "1e-9"])
+    before, after = (MultiviewUNet.from_pretrained(folder / "checkpoint-1" / "unet") for folder in (start, onwards))
+    assert set(after.config.mixers) == {*MIXERS, "temporal"}
+    weights = after.state_dict()
+    kept = {k: v for k, v in before.state_dict().items() if ".temporal." in k}
+    assert kept and all(torch.allclose(v, weights[k], rtol=1e-3, atol=1e-6) for k, v in kept.items())
+
+
+def test_a_start_without_a_pipeline_is_refused(options, tmp_path):
+    with pytest.raises(ValueError, match="start must be a pipeline's folder.*nowhere"):
+        main([*options["denoiser"], "--run", str(tmp_path / "run"), "--steps", "1", "--start", "nowhere"])
 
 
 def test_a_start_of_another_shape_is_refused(options, finished, tmp_path):
