@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coser.data.dataset import Ring
-from coser.data.index import read_index
+from coser.data.index import original_id, read_index
 from coser.data.render import load_ring
 from coser.judge import (SIZE, ViewJudge, angular_distance, azimuth_to_sector, is_janus, ring_embedding, second_front,
                          views_to_pictures)
@@ -25,8 +25,8 @@ MOST_FALSE_JANUS = 0.015
 
 
 def shape_of(ring: Ring) -> str:
-    """The asset whose shape a ring shows: repainted copies `<asset id>~<colour>` share that of the original."""
-    return ring.asset_id.split("~")[0]
+    """The asset whose shape a ring shows: repainted copies share that of the original."""
+    return original_id(ring.asset_id)
 
 
 @dataclass(frozen=True)

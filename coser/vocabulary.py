@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coser.data.assets import Asset, last_word
+from coser.data.index import original_id
 from coser.pipeline import CoSERPipeline
 from coser.symmetry import Symmetries, load_symmetries
 
@@ -154,12 +155,12 @@ def learn_vocabulary(assets: Iterable[Asset], embed: Embed, min_kind_count: int 
     their assets'. Raises ValueError when there is no such kind.
     """
     assets = [a for a in assets if a.object.strip() and not a.kinds]
-    counts = Counter(last_word(a) for a in assets if not _is_copy(a))
+    counts = Counter(last_word(a) for a in assets if a.id == original_id(a.id))
     assets = [a for a in assets if counts[last_word(a)] >= min_kind_count]
     if not assets:
         raise ValueError(f"assets must hold a kind of object at least {min_kind_count} times, "
                          f"got {max(counts.values(), default=0)} at most")
-    originals = [a for a in assets if not _is_copy(a)]
+    originals = [a for a in assets if a.id == original_id(a.id)]
     kinds = _by_count(map(last_word, originals))
     phrases = {p: n for p, n in _by_count(a.object.lower() for a in originals).items() if p not in kinds}
     words = [*kinds, *phrases]
@@ -176,10 +177,6 @@ def _distinct(embeddings: Tensor, first: int) -> list[int]:
         if float((embeddings[kept] @ embeddings[i]).max()) < SAME_FROM:
             kept.append(i)
     return kept
-
-
-def _is_copy(asset: Asset) -> bool:
-    return "~" in asset.id
 
 
 def read_index(folder: str | Path) -> list[Asset]:

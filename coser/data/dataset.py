@@ -22,7 +22,7 @@ from torch import Tensor
 
 from coser.cameras import Cameras
 from coser.data.assets import last_word, with_article
-from coser.data.index import INDEX, read_index
+from coser.data.index import INDEX, original_id, read_index
 from coser.data.render import load_ring, ring_to_views
 from coser.views import ViewSet, views_to_channels
 
@@ -89,8 +89,8 @@ def mirror_views(views: ViewSet) -> ViewSet:
 
 
 def is_repainted(ring: Ring) -> bool:
-    """Whether it shows a copy that `coser.data.recolor` made, `<asset id>~<colour>`."""
-    return "~" in ring.asset_id
+    """Whether it shows a copy that `coser.data.recolor` made."""
+    return original_id(ring.asset_id) != ring.asset_id
 
 
 def first_rings(rings: list[Ring]) -> list[Ring]:

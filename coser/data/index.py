@@ -9,6 +9,12 @@ from pathlib import Path
 from coser.whole_files import whole_file
 
 INDEX = "index.jsonl"
+REPAINTED = "~"  # stands between an asset's id and the colour, in the id of a copy that coser.data.recolor made
+
+
+def original_id(asset_id: str) -> str:
+    """The asset whose shape an asset has: itself, or the original of a repainted copy."""
+    return asset_id.split(REPAINTED)[0]
 
 
 def read_index(folder: Path) -> dict[str, dict]:

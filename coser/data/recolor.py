@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coser.data.dataset import Ring, is_repainted, list_rings
-from coser.data.index import read_index, write_index
+from coser.data.index import REPAINTED, original_id, read_index, write_index
 from coser.questions import QUESTIONS, load_questions
 from coser.whole_files import whole_file
 
@@ -185,7 +185,7 @@ def recolor_rings(renders: Path, seed: int = 0, rings: tuple[int, ...] = (0, 1))
         captions = [c for c in (rewrite(c, ring.colors[0], word) for c in ring.captions) if c]
         if not captions:
             continue
-        new_id = f"{ring.asset_id}~{word}"
+        new_id = f"{ring.asset_id}{REPAINTED}{word}"
         name = re.sub(rf"\b({ring.colors[0]}|wooden|golden) ", "", ring.object)
         rows[new_id] = rows[ring.asset_id] | {"id": new_id, "captions": captions, "object": name,
                                               "colors": [word, *ring.colors[1:]]}
@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rings", type=int, nargs="+", default=[0, 1], help="which rings of an asset get a copy")
     options = parser.parse_args(arguments)
     written = recolor_rings(options.renders, options.seed, tuple(options.rings))
-    print(f"{len(written)} repainted rings of {len({w.split('~')[0] for w in written})} assets")
+    print(f"{len(written)} repainted rings of {len(set(map(original_id, written)))} assets")
 
 
 if __name__ == "__main__":
