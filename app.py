@@ -81,7 +81,9 @@ def setting_inputs(mixers: tuple[str, ...]) -> list[gr.components.Component]:
                                elem_id="mixers")
     symmetry = gr.Dropdown([(SYMMETRY_NAMES[name], name) for name in SYMMETRY], value=DEFAULTS.symmetry,
                            label="Symmetry", info="sides that shall be alike", elem_id="symmetry")
-    return [num_views, guidance_scale, steps, elevation, seed, randomize, consistency, modules, symmetry]
+    one_by_one = gr.Checkbox(DEFAULTS.one_by_one, label="Several objects one by one", elem_id="one-by-one",
+                             info="then put together: a lantern on a barrel")
+    return [num_views, guidance_scale, steps, elevation, seed, randomize, consistency, modules, symmetry, one_by_one]
 
 
 def asset_inputs() -> list[gr.components.Component]:

@@ -77,6 +77,8 @@ def parser() -> argparse.ArgumentParser:
                          "steps, 0 to 1 (default %(default)s)")
     drawing.add_argument("--symmetry", default=DEFAULTS.symmetry, help="what to pull the object to, one of "
                          f"{', '.join(SYMMETRY)} (default %(default)s; auto: what its kind usually has)")
+    drawing.add_argument("--in-one-go", action="store_true", help="draw several objects (\"a lantern on a barrel\") in "
+                         "one go instead of one by one")
     drawing.add_argument("--mixers", nargs="*", metavar="MIXER", help="the modules between views that work, of "
                          f"{', '.join(MODULES)} (default: all that the checkpoint has)")
     drawing.add_argument("--negative-prompt", default=DEFAULTS.negative_prompt, help="what to keep away from")
@@ -107,7 +109,8 @@ def request(args: argparse.Namespace) -> GenerationRequest:
         guidance_scale=args.guidance_scale, num_inference_steps=args.num_inference_steps,
         elevation=DEFAULTS.elevation if args.elevation is None else args.elevation, seed=args.seed,
         randomize_seed=args.randomize_seed, consistency=args.consistency,
-        negative_prompt=args.negative_prompt, mixers=args.mixers, symmetry=args.symmetry).with_drawn_seed()
+        negative_prompt=args.negative_prompt, mixers=args.mixers, symmetry=args.symmetry,
+        one_by_one=not args.in_one_go).with_drawn_seed()
 
 
 def own_views(args: argparse.Namespace) -> PosedViews:

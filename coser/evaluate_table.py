@@ -31,9 +31,12 @@ from coser.pipeline import CoSERPipeline
 from coser.quality_table import markdown, summarise
 from coser.questions import QUESTIONS, Question, is_name_of, load_questions, slug
 from coser.reconstruction import QUICK, reconstruct
+from coser.scene_meshes import put_together
+from coser.scene_prompts import LifeSizes, scene_plan
 from coser.stopwatch import Watch
 from coser.symmetry import Symmetries
 from coser.views import ViewSet, views_to_uint8
+from coser.vocabulary import sentence_embedder
 
 VERB = "table"
 WORDS = ("object_right", "object_named", "object_in_5", "color_right", "both_right", "both_named", "kinds_in_2",
@@ -41,11 +44,17 @@ WORDS = ("object_right", "object_named", "object_in_5", "color_right", "both_rig
 
 
 def draw_rings(pipeline: CoSERPipeline, questions: list[Question], folder: Path, seed: int = 0,
-               symmetries: Symmetries = Symmetries({}), **arguments) -> list[Ring]:
+               symmetries: Symmetries = Symmetries({}), sizes: LifeSizes | None = None, **arguments) -> list[Ring]:
     """Draws each question's ring into `folder`, as coser.data.render writes renders; rings that exist are kept.
 
+    sizes: for several objects of a prompt, which are drawn one by one then, as the app does; without it in one go.
     `arguments` go to the pipeline. What each stage took, in seconds, stands in the index.
     """
+    def draw(prompt: str) -> tuple[ViewSet, Cameras]:
+        result = pipeline(prompt, generator=torch.Generator().manual_seed(seed),
+                          symmetry=symmetries.of_prompt(prompt), **arguments)
+        return result.views, result.cameras
+
     folder.mkdir(parents=True, exist_ok=True)
     rows = read_index(folder)
     for question in questions:
@@ -55,10 +64,14 @@ def draw_rings(pipeline: CoSERPipeline, questions: list[Question], folder: Path,
         with Watch(pipeline.device) as watch:
             watch_run(watch, pipeline)
             began = time.perf_counter()
-            result = pipeline(question.prompt, generator=torch.Generator().manual_seed(seed),
-                              symmetry=symmetries.of_prompt(question.prompt), **arguments)
+            plan = scene_plan(question.prompt) if sizes else None
+            if plan:
+                scene = put_together(plan, [draw(one.prompt) for one in plan.objects], sizes.of)
+                views, cameras = scene.views, scene.cameras
+            else:
+                views, cameras = draw(question.prompt)
             seconds = time.perf_counter() - began
-        save_ring(folder / f"{name}-0.safetensors", result.views.to("cpu"), result.cameras.to("cpu"))
+        save_ring(folder / f"{name}-0.safetensors", views.to("cpu"), cameras.to("cpu"))
         stages = {stage.name: round(stage.seconds, 4) for stage in watch.stages.values() if stage.calls}
         rows[name] = {"id": name, "object": question.object, "captions": [question.prompt],
                       "colors": [question.color] if question.color else [], "kinds": list(question.kinds),
@@ -241,6 +254,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--consistency", type=float, default=CONSISTENCY)
     parser.add_argument("--seed", type=int, default=0)
     add_symmetry_option(parser)
+    parser.add_argument("--in-one-go", action="store_true", help="draw several objects of a prompt in one go, not one "
+                        "by one as the app does")
     add_dtype_option(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -250,7 +265,8 @@ def run(options: argparse.Namespace) -> None:
     pipeline.set_progress_bar_config(disable=True)
     questions = load_questions(options.questions, options.list)[:options.limit]
     symmetries = symmetries_asked_for(options, pipeline)
-    drawn = draw_rings(pipeline, questions, options.out / "rings", options.seed, symmetries,
+    sizes = None if options.in_one_go else LifeSizes(sentence_embedder(pipeline))
+    drawn = draw_rings(pipeline, questions, options.out / "rings", options.seed, symmetries, sizes,
                        num_views=options.num_views, num_inference_steps=options.steps,
                        guidance_scale=options.guidance_scale, consistency=options.consistency, fuse=fused_views)
     if options.sheet:

@@ -37,7 +37,8 @@ class GenerationRequest:
     that work, some of adjacent, trajectory, glance, rectification, dense and temporal; those of the checkpoint that are
     left out are switched off. None: all that it has. symmetry: what the object is pulled to, one of SYMMETRY: "none" to
     nothing, "auto" to what the prompt's kind of object usually has, "mirror" to left and right alike, "back" to front
-    and back, "both" to both, "quarter" to four sides alike, "round" to all.
+    and back, "both" to both, "quarter" to four sides alike, "round" to all. one_by_one: objects of a prompt for several
+    ("a lantern on a barrel") are drawn one by one and put together (`coser.scene_prompts`); else in one go.
     """
 
     prompt: str
@@ -51,6 +52,7 @@ class GenerationRequest:
     negative_prompt: str = ""
     mixers: tuple[str, ...] | None = None
     symmetry: str = "none"
+    one_by_one: bool = True
 
     def __post_init__(self):
         checked = {
@@ -65,8 +67,9 @@ class GenerationRequest:
             "mixers": None if self.mixers is None else _some_of("mixers", self.mixers, MODULES),
             "symmetry": _one_of("symmetry", self.symmetry, tuple(SYMMETRY)),
         }
-        if not isinstance(self.randomize_seed, bool):
-            raise ValueError(f"randomize_seed must be true or false, got {_shown(self.randomize_seed)}")
+        for name in ("randomize_seed", "one_by_one"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {_shown(getattr(self, name))}")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

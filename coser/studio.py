@@ -27,9 +27,11 @@ from coser.finishing import FinishedAsset, finish_asset
 from coser.models.ssm import scan_backend
 from coser.own_views import PosedViews
 from coser.pipeline import CoSERPipeline, MultiviewStep, fused_steps
-from coser.reconstruction import stream_surface
+from coser.reconstruction import Surface, stream_surface
 from coser.reconstruction.exports import export
 from coser.request import SYMMETRY, AssetOptions, GenerationRequest
+from coser.scene_meshes import put_together
+from coser.scene_prompts import LifeSizes, ScenePlan, scene_plan
 from coser.views import ViewSet, picture_grid, views_to_uint8
 from coser.vocabulary import load_vocabulary, sentence_embedder, usual_symmetries
 
@@ -89,7 +91,9 @@ class Studio:
         if not (Path(checkpoint) / "model_index.json").is_file() and not re.fullmatch(HUB_ID, str(checkpoint)):
             raise ValueError(f"checkpoint must be a folder with a model_index.json or a hub id, got {checkpoint}")
         self.pipeline = CoSERPipeline.from_pretrained(checkpoint).to(self.device, self.dtype)
-        self.vocabulary = load_vocabulary(checkpoint, sentence_embedder(self.pipeline))  # None: it has not been told
+        embed = sentence_embedder(self.pipeline)
+        self.vocabulary = load_vocabulary(checkpoint, embed)  # None: it has not been told
+        self.life_sizes = LifeSizes(embed)
         self.symmetries = usual_symmetries(checkpoint, self.pipeline, self.vocabulary)
         self.lane = threading.Lock()
         # what building the mesh took last time, and fusing views in a step; the first run's estimate starts from these
@@ -107,13 +111,16 @@ class Studio:
 
         Yields an update at once, one with the starting noise, one after every denoising step, some while the mesh is
         built and one at the end. `should_stop` is asked between them; a stopped run ends with stage "stopped" and
-        writes nothing. Raises ValueError when the views hold nothing that a mesh could be made of.
+        writes nothing. Several objects are drawn one after the other, each in so many steps, where the request says so.
+        Raises ValueError when the views hold nothing that a mesh could be made of.
         """
         request = replace(request.with_drawn_seed(), mixers=self.mixers_for(request))
-        fused = fused_steps(request.num_inference_steps) if request.consistency else set()
-        run = _Run(request.num_inference_steps, self._finish_seconds, request.seed, fused, self._fuse_seconds)
+        plan = scene_plan(request.prompt) if request.one_by_one else None
+        steps, drawings = request.num_inference_steps, len(plan.objects) if plan else 1
+        fused = {i * steps + step for i in range(drawings) for step in fused_steps(steps) if request.consistency}
+        run = _Run(drawings * steps, self._finish_seconds, request.seed, fused, self._fuse_seconds)
         yield from self._in_turn(run, should_stop,
-                                 lambda run: self._generate(run, request, Path(glb), should_stop, options))
+                                 lambda run: self._generate(run, request, plan, Path(glb), should_stop, options))
 
     def rebuild(self, posed: PosedViews, title: str, glb: Path, should_stop: Callable[[], bool] = lambda: False,
                 options: AssetOptions = AssetOptions()) -> Iterator[RunUpdate]:
@@ -149,24 +156,38 @@ class Studio:
         finally:
             self.lane.release()
 
-    def _generate(self, run: "_Run", request: GenerationRequest, glb: Path, should_stop: Callable[[], bool],
-                  options: AssetOptions) -> Iterator[RunUpdate]:
-        last = None
+    def _generate(self, run: "_Run", request: GenerationRequest, plan: ScenePlan | None, glb: Path,
+                  should_stop: Callable[[], bool], options: AssetOptions) -> Iterator[RunUpdate]:
         run.note = self.vocabulary.nearest(request.prompt).note if self.vocabulary else ""
         run.picture = grid(self._starting_noise(request))
         yield run.update("denoising", "Starting from noise")
-        symmetry = self.symmetry_for(request)
-        for step in self._stream(request, symmetry):
-            last = step
-            run.count(step, grid(step.views))
-            yield run.update("denoising", f"Drawing the views, step {step.index} of {step.total}")
-            if should_stop():
-                yield run.stopped()
-                return
+        requests = [replace(request, prompt=one.prompt) for one in plan.objects] if plan else [request]
+        symmetries = [self.symmetry_for(one) for one in requests]
+        drawn = []
+        for one, symmetry in zip(requests, symmetries):
+            what = f"{one.prompt} ({len(drawn) + 1} of {len(requests)})" if plan else "the views"
+            for step in self._stream(one, symmetry):
+                run.count(len(drawn) * step.total + step.index, grid(step.views))
+                yield run.update("denoising", f"Drawing {what}, step {step.index} of {step.total}")
+                if should_stop():
+                    yield run.stopped()
+                    return
+            drawn.append((step.views, step.cameras))
         self._fuse_seconds = run.fuse_seconds
-        record = {"title": request.prompt, "settings": asdict(request), "symmetries": list(symmetry)}
+        record = {"title": request.prompt, "settings": asdict(request)}
+        record |= {"scene": asdict(plan)} if plan else {"symmetries": list(symmetries[0])}
         record |= self._origin(with_model=True)
-        yield from self._build(run, last.views, last.cameras, record, glb, should_stop, options)
+        if not plan:
+            yield from self._build(run, *drawn[0], record, glb, should_stop, options)
+            return
+        began = time.perf_counter()
+        yield run.update("reconstructing", "Putting the objects together")
+        surface = put_together(plan, drawn, self.life_sizes.of)
+        run.picture = grid(surface.views)
+        if should_stop():
+            yield run.stopped()
+            return
+        yield from self._finish(run, surface, record, glb, began, options)
 
     def _rebuild(self, run: "_Run", posed: PosedViews, title: str, glb: Path, should_stop: Callable[[], bool],
                  options: AssetOptions) -> Iterator[RunUpdate]:
@@ -187,9 +208,13 @@ class Studio:
             if should_stop():
                 yield run.stopped()
                 return
+        yield from self._finish(run, step.surface, record, glb, began, options)
+
+    def _finish(self, run: "_Run", surface: Surface, record: dict, glb: Path, began: float,
+                options: AssetOptions) -> Iterator[RunUpdate]:
         run.finished = SURFACE_SHARE
         yield run.update("reconstructing", "Making triangles and colours")
-        asset = finish_asset(step.surface, options)
+        asset = finish_asset(surface, options)
         record |= {"seconds": {"steps": [round(s, 3) for s in run.step_seconds],
                                "reconstruct": round(time.perf_counter() - began, 3)}}
         glb.parent.mkdir(parents=True, exist_ok=True)
@@ -211,7 +236,7 @@ class Studio:
         record |= {"asset": asdict(asset.options), "placement": {"scale": asset.scale, "offset": list(asset.offset)},
                    "mesh": {"vertices": len(mesh.vertices), "faces": len(mesh.faces),
                             "texture": 0 if mesh.texture is None else len(mesh.texture)}}
-        told = ("title", "settings", "own_views", "asset", "placement", "versions")
+        told = ("title", "settings", "scene", "own_views", "asset", "placement", "versions")
         extras = {key: record[key] for key in told if key in record}
         if "settings" in record:
             settings = record["settings"]
@@ -222,8 +247,9 @@ class Studio:
         run_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         seed = "" if run.seed is None else f", seed {run.seed}"
         painted = "colours at the vertices" if mesh.texture is None else f"texture of {len(mesh.texture)} pixels"
+        apart = ", objects drawn one by one" if "scene" in record else ""
         alike = alike_sides(tuple(record.get("symmetries", ())))
-        message = f"Done in {seconds:.0f} s: {len(mesh.faces):,} triangles, {painted}{seed}{alike}"
+        message = f"Done in {seconds:.0f} s: {len(mesh.faces):,} triangles, {painted}{seed}{apart}{alike}"
         return replace(run.update("done", message), percent=100, seconds_left=0.0, glb=glb, run_file=run_file,
                        asset=asset)
 
@@ -280,12 +306,13 @@ class _Run:
         self.step_seconds: list[float] = []
         self.began = self.mark = time.perf_counter()
 
-    def count(self, step: MultiviewStep, picture: Image.Image) -> None:
+    def count(self, step: int, picture: Image.Image) -> None:
+        """So many steps are done, which look like this."""
         now = time.perf_counter()
-        self.step, self.picture = step.index, picture
+        self.step, self.picture = step, picture
         self.step_seconds.append(now - self.mark)
         self.mark = now
-        if step.index - 1 in self.fused and len(self.step_seconds) > len(self.fused):  # others tell what it takes more
+        if step - 1 in self.fused and len(self.step_seconds) > len(self.fused):  # others tell what it takes more
             self.fuse_seconds = max(0.0, self.step_seconds[-1] - self._steady_seconds())
 
     def start(self) -> None:

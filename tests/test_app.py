@@ -66,7 +66,7 @@ def test_a_prompt_alone_is_enough_for_the_api(client):
     parameters = client.view_api(return_format="dict")["named_endpoints"]["/generate"]["parameters"]
     assert [p["parameter_name"] for p in parameters] == [
         "prompt", "num_views", "guidance_scale", "num_inference_steps", "elevation", "seed", "randomize_seed",
-        "consistency", "mixers", "symmetry", *ASSET, "coloring", "origin", "longest_side"]
+        "consistency", "mixers", "symmetry", "one_by_one", *ASSET, "coloring", "origin", "longest_side"]
     assert all(p["parameter_has_default"] for p in parameters[1:])
 
 

@@ -42,6 +42,7 @@ def studio(monkeypatch):
     ("seed", float("inf"), "0 to 2147483647"), ("seed", 2**31, "0 to 2147483647"),
     ("randomize_seed", 1, "true or false"), ("consistency", 1.1, "0 to 1"), ("consistency", "much", "0 to 1"),
     ("mixers", ("adjacent", "spoon"), "adjacent, trajectory, glance, rectification"), ("mixers", "glance", "adjacent"),
+    ("one_by_one", "yes", "true or false"),
     ("symmetry", "sideways", "none, auto, mirror, back, both, quarter, round"), ("symmetry", None, "none, auto"),
 ])
 def test_wrong_request_names_argument_and_what_is_allowed(name, value, allowed):
@@ -87,13 +88,13 @@ def test_the_time_left_counts_the_steps_that_fuse_views_as_longer(monkeypatch):
     run.start()
     for index, seconds in enumerate((2, 1, 1, 1, 6, 6), 1):  # fusing turns out to take five seconds, not three
         clock[0] += seconds
-        run.count(SimpleNamespace(index=index), None)
+        run.count(index, None)
         update = run.update("denoising", "")
         left.append(update.seconds_left), percents.append(update.percent)
     assert left == [20, 14, 13, 12, 10, 4] and run.fuse_seconds == 5
     assert percents == [9, 17, 23, 29, 52, 80]  # of 2 / 22, 3 / 17, 4 / 17, 5 / 17, 11 / 21 and 17 / 21 of the time
     hasty = _Run(1, 4.0, 0, fused={0}, fuse_seconds=3.0)  # a single step tells nothing about fusing
-    hasty.count(SimpleNamespace(index=1), None)
+    hasty.count(1, None)
     assert hasty.fuse_seconds == 3
 
 

@@ -30,15 +30,13 @@ from torch import Tensor
 from coser.data.assets import Asset, in_unit_sphere, list_assets, load_mesh
 from coser.data.index import INDEX, write_index
 from coser.data.placing import beside, box_of, on_floor, resting_places
-from coser.data.scene_words import PORTABLE, SIDES, Part, part_of, scene_captions, scene_object
+from coser.data.scene_words import (PORTABLE, SHRINKS, SIDES, SMALLEST, Part, part_of, scene_captions, scene_object,
+                                    sizes_together)
 from coser.questions import QUESTIONS, load_questions
 
 SHARES = {"on": 0.42, "beside": 0.16, "left of": 0.1, "right of": 0.1, "in front of": 0.05, "behind": 0.05, "and": 0.12}
-# Sizes are pulled together, so that an apple on a table is still seen: ratio ** COMPRESSION, SMALLEST at least.
-COMPRESSION, SMALLEST = 0.6, 0.28
 LEAST_RATIO = {"on": 0.055, "beside": 0.15, "and": 0.25}  # of sizes in life; an apple on a bed is not a scene
 MOST_CARRIED = 0.85  # of the carrier's size in life
-SHRINKS = (1.0, 0.8, 0.64)  # tried in turn where the upper one finds no place to lie on
 GAP = (0.02, 0.08)  # between neighbours, of the larger one's size
 SHIFT = 0.1  # of the same: how far neighbours stand out of line, at most
 HIDING = 0.8  # of the height of what stands behind: what stands in front of it must be lower
@@ -146,9 +144,7 @@ def _is_sensible(first: Part, relation: str, second: Part) -> bool:
 def place(first: Part, relation: str, second: Part, draw: np.random.Generator) -> Scene | None:
     """The scene that stands so; None where the first finds no place to lie on the second, or one would hide the other
     from the front."""
-    a, b = first.size, second.size
-    small = max((min(a, b) / max(a, b)) ** COMPRESSION, SMALLEST)
-    sizes = (small, 1.0) if a < b else (1.0, small)
+    sizes = sizes_together(first.size, second.size)
     meshes = [_standing(p.asset, size) for p, size in zip((first, second), sizes)]
     if relation == "on":
         return _laid(first, second, *meshes, draw)

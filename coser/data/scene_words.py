@@ -59,6 +59,10 @@ UNFIT = frozenset("""and with of on in from wall hanging ceiling overhead pendan
 PEOPLE = frozenset({"man", "woman"})  # of them a colour is not said
 NOT_CARRYING = frozenset("open opened empty filled stack vegetable".split())
 
+# Sizes are pulled together, so that an apple on a table is still seen: ratio ** COMPRESSION, SMALLEST at least.
+COMPRESSION, SMALLEST = 0.6, 0.28
+SHRINKS = (1.0, 0.8, 0.64)  # tried in turn where the upper one finds no place to lie on
+
 SIDES = {"left of": (0, -1), "right of": (0, 1), "behind": (2, -1), "in front of": (2, 1)}
 INVERSE = {"left of": "right of", "right of": "left of", "behind": "in front of", "in front of": "behind"}
 RELATIONS = ("on", "beside", *SIDES, "and")  # "and": two of the first and one of the second, "two crates and a sack"
@@ -124,6 +128,12 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r"[a-z]+", text.lower()))
 
 
+def sizes_together(first: float, second: float) -> tuple[float, float]:
+    """Longest sides of two things in life => those that a scene shows them with, the larger one's 1."""
+    small = max((min(first, second) / max(first, second)) ** COMPRESSION, SMALLEST)
+    return (small, 1.0) if first < second else (1.0, small)
+
+
 def plural(noun: str) -> str:
     """"wooden box" => "wooden boxes"."""
     *before, last = noun.split()
@@ -137,6 +147,23 @@ def plural(noun: str) -> str:
         last = last[:-1] + "ies"
     else:
         last += "s"
+    return " ".join([*before, last])
+
+
+def singular(noun: str) -> str:
+    """"wooden boxes" => "wooden box"; the inverse of `plural`."""
+    *before, last = noun.split()
+    known = [one for one in (*IRREGULAR, *(name.split()[-1] for name in SIZES)) if plural(one) == last]
+    if known:
+        last = known[0]
+    elif last.endswith("men"):
+        last = last[:-2] + "an"
+    elif re.search(r"..ies$", last):
+        last = last[:-3] + "y"
+    elif re.search(r"(ss|x|z|ch|sh)es$", last):
+        last = last[:-2]
+    elif re.search(r"[^s]s$", last):
+        last = last[:-1]
     return " ".join([*before, last])
 
 

@@ -1,0 +1,117 @@
+"""Sentences that ask for several objects, taken apart: which objects, how many of each, and how they stand.
+
+A model that has learnt single objects draws "a lantern on a barrel" as neither. Its objects are drawn one by one then,
+each from a prompt of its own, and put together in space (`coser.scene_meshes`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coser.data.assets import with_article
+from coser.data.scene_words import SIZES, singular
+
+MOST_COPIES = 4
+NUMBERS = {"a": 1, "an": 1, "the": 1, "one": 1, "two": 2, "three": 3, "four": 4, "2": 2, "3": 3, "4": 4}
+_EACH = rf"(?:{'|'.join(NUMBERS)})\s"  # what a new object begins with: "a red and white mushroom" is one
+_STANDING = r"(?:(?:sitting|standing|lying|resting|placed|put)\s)?"
+_PHRASES = {"on": "on top of|on|upon|atop", "beside": "beside|next to|near",
+            "left of": "(?:(?:to|on|at) the )?left of", "right of": "(?:(?:to|on|at) the )?right of",
+            "in front of": "in front of", "behind": "behind", "and": "and"}  # of coser.data.scene_words.RELATIONS
+_RELATION = re.compile(rf"\s{_STANDING}(?:"
+                       + "|".join(f"(?P<r{i}>{phrase})" for i, phrase in enumerate(_PHRASES.values()))
+                       + rf")\s(?={_EACH})")
+# "a barrel with a lantern on it": the other way round
+_ATOP = re.compile(rf"^(?P<second>{_EACH}.+?)\swith\s(?P<first>{_EACH}.+?)\son (?:it|top|top of it)$")
+# Before "and" these begin what belongs to one object: "a knight with a sword and a shield"
+_BELONGING = re.compile(r"\b(?:with|of|in|holding|wearing|carrying|made|between)\b")
+_TAIL = re.compile(r"\b(?:with|of|in|that|which|made|for|holding|wearing|carrying)\b.*")  # says more about an object
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One kind of object of a scene. prompt: of a single one, "a brown barrel". count: how many of them."""
+
+    prompt: str
+    count: int = 1
+
+    @property
+    def name(self) -> str:
+        """Its noun with what describes it, without article: "brown barrel"."""
+        return _TAIL.sub("", self.prompt.split(" ", 1)[1]).strip() or self.prompt.split(" ", 1)[1]
+
+
+@dataclass(frozen=True)
+class ScenePlan:
+    """What a sentence asks for: one or two kinds of objects, the first in this `relation` to the second.
+
+    relation: one of `coser.data.scene_words.RELATIONS`; "and" also of several copies of one object.
+    """
+
+    objects: tuple[SceneObject, ...]
+    relation: str
+
+
+def scene_plan(prompt: str) -> ScenePlan | None:
+    """What a prompt asks for, where that is several objects; None where it is one, or more than can be told apart.
+
+    Objects begin with an article or a number up to MOST_COPIES; there is one relation between them.
+    """
+    text = " ".join(prompt.lower().split()).rstrip(" .!")
+    if re.search(r"[,;:.]", text):
+        return None
+    found = list(_RELATION.finditer(text))
+    if len(found) == 1 and not _ATOP.match(text):
+        relation = next(name for i, name in enumerate(_PHRASES) if found[0][f"r{i}"])
+        first, second = text[:found[0].start()], text[found[0].end():]
+        if relation == "and" and _BELONGING.search(first):
+            return None
+    elif not found and (turned := _ATOP.match(text)):
+        relation, first, second = "on", turned["first"], turned["second"]
+    else:
+        alone = _scene_object(text) if not found else None
+        return ScenePlan((alone,), "and") if alone and alone.count > 1 else None
+    objects = _scene_object(first), _scene_object(second)
+    if None in objects or relation == "on" and objects[1].count > 1:
+        return None
+    return ScenePlan(objects, relation)
+
+
+def _scene_object(text: str) -> SceneObject | None:
+    """"two brown crates" => a brown crate, twice."""
+    number, _, noun = text.partition(" ")
+    if number not in NUMBERS or not re.search(r"[^\W\d_]", noun):
+        return None
+    count = NUMBERS[number]
+    if count > 1:
+        head = _TAIL.sub("", noun).strip()
+        noun = singular(head) + noun[len(head):]
+    return SceneObject(with_article(noun), count)
+
+
+class LifeSizes:
+    """How large objects are in life, in metres: of the names in `coser.data.scene_words.SIZES`, or like the nearest.
+
+    embed: texts => unit vectors [B,D], to find the nearest name by; without one, what is not listed measures a metre.
+    """
+
+    def __init__(self, embed: Callable[[list[str]], Tensor] | None = None):
+        self.embed = embed
+        self._embeddings: Tensor | None = None
+
+    def of(self, name: str) -> float:
+        """The longest side of what a noun with its adjectives names, such as "brown barrel"."""
+        words = name.lower().split()
+        listed = [n for n in SIZES if n.split()[-1] == words[-1] and set(n.split()) <= set(words)]
+        if listed:
+            return SIZES[max(listed, key=lambda n: len(n.split()))]
+        if self.embed is None:
+            return 1.0
+        if self._embeddings is None:
+            self._embeddings = torch.cat([self.embed([n]) for n in SIZES])
+        return list(SIZES.values())[int((self._embeddings @ self.embed([words[-1]])[0]).argmax())]
