@@ -21,6 +21,7 @@ from coser.pipeline import ELEVATIONS, NUM_VIEWS
 from coser.reconstruction.exports import FORMATS
 from coser.request import (COLORING, CONSISTENCY, GUIDANCE_SCALE, LONGEST_SIDE, MAX_FACES, NUM_INFERENCE_STEPS, ORIGINS,
                            SEED, SYMMETRY, TEXTURE_SIZES, AssetOptions, GenerationRequest)
+from coser.scene_prompts import scene_plan
 from coser.sessions import KEPT_SECONDS
 from coser.studio import SMALL, Studio, log_to_terminal
 from desk import Desk, something_ready, status_line
@@ -57,7 +58,9 @@ def gpu_seconds(prompt, num_views, guidance_scale, num_inference_steps, *_) -> i
     """What a run may take of ZeroGPU's time, in seconds; wrong values get the least, for they end at once."""
     if not isinstance(num_views, (int, float)) or not isinstance(num_inference_steps, (int, float)):
         return 10
-    return int(max(10, min(60, 10 + 0.02 * num_views * num_inference_steps)))
+    plan = scene_plan(prompt) if isinstance(prompt, str) else None
+    drawings = len(plan.objects) if plan else 1
+    return int(max(10, min(60, 10 + 0.02 * num_views * num_inference_steps * drawings)))
 
 
 def setting_inputs(mixers: tuple[str, ...]) -> list[gr.components.Component]:

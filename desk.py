@@ -126,11 +126,11 @@ class Desk:
         """A run in a folder of its own: its updates, each with the file of the views so far; what it made is kept."""
         folder = self.folder(request)
         run = run_folder(folder)
-        shown = views = None
+        shown, views, pictures = None, None, 0
         try:
             for update in start(run, (folder / STOP).exists):
                 if update.picture is not shown:  # a file each: gradio itself would rewrite one that is being fetched
-                    shown, views = update.picture, run / f"views-{update.step:02d}.jpg"
+                    shown, views, pictures = update.picture, run / f"views-{pictures:02d}.jpg", pictures + 1
                     shown.save(views, quality=90)
                 if update.asset is not None:
                     save_finished(update.asset, run / FINISHED)

@@ -70,6 +70,13 @@ def test_a_prompt_alone_is_enough_for_the_api(client):
     assert all(p["parameter_has_default"] for p in parameters[1:])
 
 
+def test_gpu_time_is_asked_for_all_drawings_and_never_too_much():
+    assert app.gpu_seconds("a red box", 12, 4.0, 50) == 22
+    assert app.gpu_seconds("a red box on a blue box", 12, 4.0, 50) == 34
+    assert app.gpu_seconds("a red box on a blue box", 24, 4.0, 50) == app.gpu_seconds("a box", 999, 4.0, 999) == 60
+    assert app.gpu_seconds("a red box", "many", 4.0, 50) == app.gpu_seconds(None, 4, 4.0, 1) == 10
+
+
 def test_the_endpoints_are_what_the_page_does(client):
     assert list(client.view_api(return_format="dict")["named_endpoints"]) == [
         "/generate", "/reconstruct", "/refine", "/export"]
