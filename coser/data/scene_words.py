@@ -14,20 +14,20 @@ from coser.data.assets import Asset, last_word, with_article
 from coser.data.recolor import HUES
 
 
-def _metres(table: str) -> dict[str, float]:
+def metres(table: str) -> dict[str, float]:
     """"bar stool 0.75, bench 1.4" => {"bar stool": 0.75, "bench": 1.4}."""
     return {name: float(size) for name, size in (entry.strip().rsplit(" ", 1) for entry in table.split(","))}
 
 
 # Metres, the longest side. Flat on top, so that things may lie there:
-CARRIERS = _metres("""table 1.3, coffee table 1.0, side table 0.55, small table 0.8, round table 1.0, dining table 1.6,
+CARRIERS = metres("""table 1.3, coffee table 1.0, side table 0.55, small table 0.8, round table 1.0, dining table 1.6,
     desk 1.3, workbench 1.4, bench 1.4, chair 0.95, armchair 1.0, stool 0.55, bar stool 0.8, nightstand 0.55,
     cabinet 0.9, bedside cabinet 0.55, bed 2.0, sofa 1.9, couch 1.9, barrel 0.95, keg 0.6, trunk 0.9, stump 0.6,
     pedestal 1.0, pallet 1.2, shelf 1.2, bookcase 1.9, bookshelf 1.9, wardrobe 1.9, fridge 1.7, refrigerator 1.7,
     stove 0.9, oven 0.8, washing machine 0.85, flat rock 1.0, plate 0.26, cutting board 0.45, box 0.45, crate 0.6,
     chest 0.75""")
 # Small enough to be put on something; of the carriers, these too:
-PORTABLE = {name: CARRIERS[name] for name in ("box", "crate", "chest", "plate", "keg")} | _metres("""apple 0.09,
+PORTABLE = {name: CARRIERS[name] for name in ("box", "crate", "chest", "plate", "keg")} | metres("""apple 0.09,
     banana 0.18, bomb 0.2, book 0.25, bottle 0.28, bowl 0.22, bread 0.3, bucket 0.35, burger 0.13, cheeseburger 0.13,
     hamburger 0.13, cake 0.3, can 0.14, candle 0.2, cat 0.5, cauldron 0.5, cheese 0.25, coffee machine 0.4,
     compass 0.1, crown 0.25, cup 0.12, cupcake 0.09, donut 0.11, flask 0.2, frog 0.15, glass 0.18, goblet 0.2, ham 0.3,
@@ -37,7 +37,7 @@ PORTABLE = {name: CARRIERS[name] for name in ("box", "crate", "chest", "plate", 
     radio 0.35, rat 0.3, sack 0.6, sandwich 0.16, skull 0.22, steak 0.25, teacup 0.12, television 0.8, tomato 0.1,
     toaster 0.3, vase 0.35, watermelon 0.38""")
 # What else stands on the floor:
-STANDING = _metres("""floor lamp 1.6, street lamp 4.5, cactus 1.4, plant 0.7, bush 1.1, tree 5.0, rock 0.9, boulder 1.4,
+STANDING = metres("""floor lamp 1.6, street lamp 4.5, cactus 1.4, plant 0.7, bush 1.1, tree 5.0, rock 0.9, boulder 1.4,
     gravestone 1.0, sign 1.8, signpost 2.0, bin 1.0, well 2.2, tent 2.5, campfire 0.9, cart 2.4, statue 2.0,
     fountain 2.8, car 4.2, taxi 4.4, suv 4.6, van 5.2, truck 6.5, tractor 4.0, ambulance 5.5, house 9.0, cottage 7.0,
     tower 14.0, windmill 13.0, church 14.0, barn 11.0, castle 20.0, man 1.8, woman 1.7, astronaut 1.8, robot 1.6,
