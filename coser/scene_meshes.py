@@ -17,7 +17,8 @@ from coser.reconstruction import QUICK, Mesh, Surface, find_surface, finish
 from coser.scene_prompts import ScenePlan
 from coser.views import ViewSet
 
-GAP = 0.05  # between neighbours, of the larger one's size
+GAP = 0.05  # between neighbours, of the largest one's size
+STILL = torch.zeros(3, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,21 @@ def arrange(plan: ScenePlan, meshes: Sequence[Mesh], sizes: Sequence[float]) -> 
     Sizes are pulled together as in training scenes, so that an apple on a table is still seen. What finds no place to
     rest is let down over the middle.
     """
-    shown = sizes_together(*sizes) if len(sizes) == 2 else (1.0,)
-    rows = [_row(i, meshes[i], size, plan.objects[i].count) for i, size in enumerate(shown)]
-    if len(rows) == 1:
-        return rows[0]
-    first, second = rows
-    if plan.relation == "on" and (laid := _laid(first, second, meshes)):
+    placed, largest = _row(0, meshes[0], 1.0, plan.objects[0].count), sizes[0]
+    for i, relation in enumerate(plan.relations, 1):
+        before, size = sizes_together(largest, sizes[i])
+        group, row = _moved(placed, STILL, before), _row(i, meshes[i], size, plan.objects[i].count)
+        placed, largest = _related(group, relation, row, meshes), max(largest, sizes[i])
+    return placed
+
+
+def _related(first: list[Placed], relation: str, second: list[Placed], meshes: Sequence[Mesh]) -> list[Placed]:
+    """The first objects, moved to where they stand in a relation to the second, and the second."""
+    if relation == "on" and (laid := _laid(first, second, meshes)):
         return laid
-    side = SIDES.get(plan.relation, (0, -1))  # what comes first in a sentence stands on the left
-    boxes = [box_of(_geometry(row, meshes)[0]) for row in rows]
-    move = beside(*boxes, side, GAP * max(shown))
-    return [p.moved(move) for p in first] + second
+    side = SIDES.get(relation, (0, -1))  # what comes first in a sentence stands on the left
+    boxes = [box_of(_geometry(group, meshes)[0]) for group in (first, second)]
+    return _moved(first, beside(*boxes, side, GAP)) + second
 
 
 def _row(index: int, mesh: Mesh, longest: float, count: int) -> list[Placed]:
@@ -87,15 +92,19 @@ def _row(index: int, mesh: Mesh, longest: float, count: int) -> list[Placed]:
 
 def _laid(upper: list[Placed], lower: list[Placed], meshes: Sequence[Mesh]) -> list[Placed] | None:
     """The upper objects at rest on the lower one; None where there is nothing below them."""
-    below, still = _geometry(lower, meshes), torch.zeros(3, dtype=torch.float64)
+    below = _geometry(lower, meshes)
     for shrink in SHRINKS:
-        smaller = [p.moved(still, shrink) for p in upper]
+        smaller = _moved(upper, STILL, shrink)
         for move in resting_places(below, _geometry(smaller, meshes), np.random.default_rng(0)):
-            return [p.moved(move) for p in smaller] + lower
+            return _moved(smaller, move) + lower
     rise, _ = drop(below, _geometry(upper, meshes))
     if rise == -torch.inf:
         return None
-    return [p.moved(torch.tensor([0.0, rise, 0.0], dtype=torch.float64)) for p in upper] + lower
+    return _moved(upper, torch.tensor([0.0, rise, 0.0], dtype=torch.float64)) + lower
+
+
+def _moved(placed: list[Placed], offset: Tensor, scale: float = 1.0) -> list[Placed]:
+    return [p.moved(offset, scale) for p in placed]
 
 
 def _geometry(placed: list[Placed], meshes: Sequence[Mesh]) -> tuple[Tensor, Tensor]:
@@ -111,7 +120,7 @@ def in_unit_sphere(placed: list[Placed], meshes: Sequence[Mesh]) -> list[Placed]
     vertices, _ = _geometry(placed, meshes)
     middle = box_of(vertices).mean(0)
     scale = 1 / max(float((vertices - middle).norm(dim=1).max()), 1e-9)
-    return [p.moved(-middle * scale, scale) for p in placed]
+    return _moved(placed, -middle * scale, scale)
 
 
 def joined(meshes: Sequence[Mesh], placed: list[Placed]) -> Mesh:

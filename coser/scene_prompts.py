@@ -17,8 +17,8 @@ from coser.data.assets import with_article
 from coser.data.scene_words import SIZES, metres, singular
 
 # What no training scene is made of, but people ask for; metres, the longest side
-ASKED_FOR = SIZES | metres("""ship 20, boat 5, sailboat 6, spaceship 12, rocket 15, plane 10, airplane 12, helicopter 10,
-    bus 11, train 15, tank 7, bicycle 1.7, motorcycle 2.1, hill 12, mountain 30, island 15, pond 4, bridge 10, hut 4,
+ASKED_FOR = SIZES | metres("""ship 20, boat 5, sailboat 6, spaceship 12, rocket 15, plane 10, airplane 12,
+    helicopter 10, bus 11, train 15, tank 7, bicycle 1.7, motorcycle 2.1, hill 12, mountain 30, island 15, pond 4, bridge 10, hut 4,
     cabin 6, shop 8, temple 20, pyramid 30, door 2, gate 3, fence 2, wall 3, rug 1.8, carpet 1.8, mat 0.9, basket 0.45,
     hat 0.3, sword 1.0, axe 0.9, shield 0.7, pistol 0.25, gun 0.3, rifle 1.0, hammer 0.4, key 0.1, coin 0.06, ring 0.05,
     gem 0.1, crystal 0.4, heart 0.3, star 0.4, flower 0.4, tulip 0.4, rose 0.4, carrot 0.2, egg 0.06, fish 0.35,
@@ -27,7 +27,7 @@ ASKED_FOR = SIZES | metres("""ship 20, boat 5, sailboat 6, spaceship 12, rocket 
     guitar 1.0, piano 1.5, drum 0.5, flag 1.5, ghost 1.7, witch 1.7, king 1.8, queen 1.7, soldier 1.8, boy 1.4,
     girl 1.4, dragon 5, dinosaur 6, unicorn 2.2, gnome 0.4, teapot 0.2, kettle 0.25, cookie 0.08, pizza 0.35,
     ice cream 0.15, present 0.3, gift 0.3, toy 0.3""")
-MOST_COPIES = 4
+MOST_OBJECTS, MOST_COPIES = 4, 4
 NUMBERS = {"a": 1, "an": 1, "the": 1, "one": 1, "two": 2, "three": 3, "four": 4, "2": 2, "3": 3, "4": 4}
 _EACH = rf"(?:{'|'.join(NUMBERS)})\s"  # what a new object begins with: "a red and white mushroom" is one
 _STANDING = r"(?:(?:sitting|standing|lying|resting|placed|put)\s)?"
@@ -37,6 +37,7 @@ _PHRASES = {"on": "on top of|on|upon|atop", "beside": "beside|next to|near",
 _RELATION = re.compile(rf"\s{_STANDING}(?:"
                        + "|".join(f"(?P<r{i}>{phrase})" for i, phrase in enumerate(_PHRASES.values()))
                        + rf")\s(?={_EACH})")
+_LISTED = re.compile(rf",\s(?:and\s)?(?={_EACH})")
 # "a barrel with a lantern on it": the other way round
 _ATOP = re.compile(rf"^(?P<second>{_EACH}.+?)\swith\s(?P<first>{_EACH}.+?)\son (?:it|top|top of it)$")
 # Before "and" these begin what belongs to one object: "a knight with a sword and a shield"
@@ -59,38 +60,40 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class ScenePlan:
-    """What a sentence asks for: one or two kinds of objects, the first in this `relation` to the second.
+    """What a sentence asks for: kinds of objects, and what relates each after the first to all that come before it.
 
-    relation: one of `coser.data.scene_words.RELATIONS`; "and" also of several copies of one object.
+    relations: of `coser.data.scene_words.RELATIONS`, one fewer than objects; "a cat on a chair beside a table" is a cat
+    that is "on" a chair, both "beside" a table. None for several copies of one object.
     """
 
     objects: tuple[SceneObject, ...]
-    relation: str
+    relations: tuple[str, ...]
 
 
 def scene_plan(prompt: str) -> ScenePlan | None:
     """What a prompt asks for, where that is several objects; None where it is one, or more than can be told apart.
 
-    Objects begin with an article or a number up to MOST_COPIES; there is one relation between them.
+    Objects begin with an article or a number up to MOST_COPIES; there are at most MOST_OBJECTS kinds of them.
     """
-    text = " ".join(prompt.lower().split()).rstrip(" .!")
+    text = _LISTED.sub(" and ", " ".join(prompt.lower().split()).rstrip(" .!"))
     if re.search(r"[,;:.]", text):
         return None
-    found = list(_RELATION.finditer(text))
-    if len(found) == 1 and not _ATOP.match(text):
-        relation = next(name for i, name in enumerate(_PHRASES) if found[0][f"r{i}"])
-        first, second = text[:found[0].start()], text[found[0].end():]
-        if relation == "and" and _BELONGING.search(first):
-            return None
-    elif not found and (turned := _ATOP.match(text)):
-        relation, first, second = "on", turned["first"], turned["second"]
-    else:
-        alone = _scene_object(text) if not found else None
-        return ScenePlan((alone,), "and") if alone and alone.count > 1 else None
-    objects = _scene_object(first), _scene_object(second)
-    if None in objects or relation == "on" and objects[1].count > 1:
+    names, relations, begin = [], [], 0
+    for found in _RELATION.finditer(text):
+        relation = next(name for i, name in enumerate(_PHRASES) if found[f"r{i}"])
+        if relation != "and" or not _BELONGING.search(text[begin:found.start()]):
+            names.append(text[begin:found.start()])
+            relations.append(relation)
+            begin = found.end()
+    names.append(text[begin:])
+    if not relations and (turned := _ATOP.match(text)):
+        names, relations = [turned["first"], turned["second"]], ["on"]
+    objects = [_scene_object(name) for name in names]
+    if None in objects or len(objects) > MOST_OBJECTS or len(objects) == objects[0].count == 1:
         return None
-    return ScenePlan(objects, relation)
+    if any(relation == "on" and one.count > 1 for relation, one in zip(relations, objects[1:])):
+        return None
+    return ScenePlan(tuple(objects), tuple(relations))
 
 
 def _scene_object(text: str) -> SceneObject | None:

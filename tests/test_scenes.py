@@ -41,16 +41,20 @@ def objects(prompt: str) -> list[tuple[str, int]]:
     ("an orange bush in front of a windmill", "in front of", [("an orange bush", 1), ("a windmill", 1)]),
     ("a house behind a tree", "behind", [("a house", 1), ("a tree", 1)]),
     ("two crates and a sack", "and", [("a crate", 2), ("a sack", 1)]),
+    ("a knight with a sword and a shield beside a horse", "beside",
+     [("a knight with a sword and a shield", 1), ("a horse", 1)]),
+    ("a cat on a chair beside a table", "on beside", [("a cat", 1), ("a chair", 1), ("a table", 1)]),
+    ("a chair, two tables, and a lamp", "and and", [("a chair", 1), ("a table", 2), ("a lamp", 1)]),
     ("a red and white mushroom and an axe", "and", [("a red and white mushroom", 1), ("an axe", 1)]),
-    ("three grey boxes", "and", [("a grey box", 3)]),
+    ("three grey boxes", "", [("a grey box", 3)]),
 ])
 def test_several_objects_are_taken_apart(prompt, relation, expected):
-    assert scene_plan(prompt).relation == relation and objects(prompt) == expected
+    assert " ".join(scene_plan(prompt).relations) == relation and objects(prompt) == expected
 
 
 @pytest.mark.parametrize("prompt", [
     "a red barrel", "a red and white mushroom", "a knight with a sword and a shield", "a robot wearing a hat",
-    "a house on stilts", "a candle on two tables", "a cat on a chair and a table", "a chair, a table", "two", "barrel",
+    "a house on stilts", "a candle on two tables", "a chair, red", "two", "barrel", "a cat, a dog, a cow, a pig and a hen",
     "a man in front of", "five crates", "a pot with a tulip", "", "on a table",
 ])
 def test_one_object_or_more_than_can_be_told_apart_is_none(prompt):
@@ -60,7 +64,7 @@ def test_one_object_or_more_than_can_be_told_apart_is_none(prompt):
 def test_every_composition_that_evaluation_asks_for_is_understood_and_no_single_object_is_taken_apart():
     for question in load_questions(QUESTIONS, "compositions"):
         plan = scene_plan(question.prompt)
-        assert plan.relation == question.relation
+        assert plan.relations == (question.relation,)
         assert [one.name.split()[-1] for one in plan.objects] == list(question.kinds)
     for name in ("vocabulary", "held_out_pairs"):
         assert not any(scene_plan(question.prompt) for question in load_questions(QUESTIONS, name))
@@ -130,6 +134,14 @@ def test_copies_stand_in_a_row_and_the_other_one_beside_them():
     assert len(alone) == 2 and float(alone[0][1, 0]) < float(alone[1][0, 0])
 
 
+def test_what_comes_later_relates_to_all_before_it():
+    cat, chair, table = boxes("a cat on a chair to the left of a table", *[mesh(cube())] * 3)
+    assert float(cat[0, 1]) == pytest.approx(float(chair[1, 1]))
+    assert float(table[0, 0] - chair[1, 0]) == pytest.approx(0.05) and longest(table) == pytest.approx(1)
+    assert longest(chair) == pytest.approx((SIZES["chair"] / SIZES["table"]) ** 0.6)
+    assert longest(cat) / longest(chair) == pytest.approx((SIZES["cat"] / SIZES["chair"]) ** 0.6)
+
+
 def test_a_scene_fills_the_unit_sphere_and_stays_closed():
     meshes = [mesh(sphere()), mesh(sphere(rows=12))]
     placed = in_unit_sphere(arrange(scene_plan("a cat and a dog"), meshes, [0.5, 0.9]), meshes)
@@ -176,7 +188,7 @@ def test_a_run_draws_one_object_after_the_other_and_hands_over_both(studio, tmp_
     assert done.stage == "done" and done.message.endswith("objects drawn one by one")
     assert len(welded(done.glb).split(only_watertight=True)) == 2
     record = json.loads(done.run_file.read_text())
-    assert record["scene"]["relation"] == "on" and "symmetries" not in record
+    assert record["scene"]["relations"] == ["on"] and "symmetries" not in record
     assert [one["prompt"] for one in record["scene"]["objects"]] == ["a red box", "a blue box"]
 
 
@@ -194,7 +206,7 @@ def test_a_scene_can_be_stopped_at_any_time(studio, tmp_path, after):
 
 def test_an_object_that_shows_nothing_is_an_error(studio, tmp_path, monkeypatch):
     monkeypatch.setattr("coser.studio.scene_plan", lambda prompt: ScenePlan(
-        (SceneObject("a red box"), SceneObject(NOTHING)), "on"))
+        (SceneObject("a red box"), SceneObject(NOTHING)), ("on",)))
     monkeypatch.setattr(SceneObject, "name", "box")
     with pytest.raises(ValueError, match="views show nothing"):
         list(studio.generate(REQUEST, tmp_path / "boxes.glb", options=QUICK))
