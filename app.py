@@ -30,6 +30,7 @@ EXAMPLES = Path(__file__).parent / "examples" / "gallery"
 CSS = Path(__file__).with_name("app.css")
 DEFAULTS = GenerationRequest(prompt="a red barrel")
 ASSET = AssetOptions()
+ASK = "What shall it be? For example: a red barrel, or a lantern on a barrel"
 MIXER_NAMES = {"adjacent": "Adjacent attention", "trajectory": "Trajectory attention",
                "glance": "Rapid Glance (Mamba scan)", "rectification": "Rectification (score attention)",
                "dense": "Dense attention", "temporal": "Same-place attention"}
@@ -115,9 +116,8 @@ def build_app(studio: Studio, root: Path) -> gr.Blocks:
         with gr.Tabs(elem_id="ways"):
             with gr.Tab("From a sentence"):
                 with gr.Row(elem_id="ask"):
-                    prompt = gr.Textbox(placeholder="What shall it be? For example: a red barrel", label="Prompt",
-                                        max_lines=1, show_label=False, container=False, scale=6, autofocus=True,
-                                        elem_id="prompt")
+                    prompt = gr.Textbox(placeholder=ASK, label="Prompt", max_lines=1, show_label=False, container=False,
+                                        scale=6, autofocus=True, elem_id="prompt")
                     go = gr.Button("Generate", variant="primary", scale=1, min_width=110, elem_id="go")
                 gr.HTML("Pre-made examples, drawn earlier by the checkpoint: choose one to look at it",
                         elem_classes="heading", visible=bool(examples))
