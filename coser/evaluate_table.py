@@ -26,6 +26,7 @@ from coser.devices import add_dtype_option, dtype_asked_for
 from coser.epipolar import tsed
 from coser.evaluate_prompts import SMALL, add_symmetry_option, contact_sheet, sheet_row, symmetries_asked_for
 from coser.judge import ViewJudge, is_janus, load_judge, nearest_distances, ring_embedding
+from coser.judge_halves import are_apart, guesses_of_halves, share_apart
 from coser.metrics import psnr, render_mesh, sharpness, silhouette_iou
 from coser.pipeline import CoSERPipeline
 from coser.quality_table import markdown, summarise
@@ -40,7 +41,7 @@ from coser.vocabulary import sentence_embedder
 
 VERB = "table"
 WORDS = ("object_right", "object_named", "object_in_5", "color_right", "both_right", "both_named", "kinds_in_2",
-         "kinds_in_5", "caption_fit")
+         "kinds_in_5", "kinds_apart", "caption_fit")
 
 
 def draw_rings(pipeline: CoSERPipeline, questions: list[Question], folder: Path, seed: int = 0,
@@ -111,10 +112,11 @@ def judge_figures(judge: ViewJudge, reference: Tensor, ring: Ring, views: ViewSe
 
     reference [M,D]: embeddings of the training assets' rings. Questions that make no sense for the ring's words (a kind
     that the judge was not taught, a Janus of a barrel) are left out. `object_right` asks for the very word among the
-    judge's kinds, `object_named` is content with another word for the same thing. A composition is right when all its
-    kinds are among the judge's first guesses for the ring: `kinds_in_2` and `kinds_in_5`. The judge was taught single
-    objects alone, and a softmax has one first place: so no kind is asked for to be first, and true renders of
-    compositions of held-out assets beside it say what such a count can reach.
+    judge's kinds, `object_named` is content with another word for the same thing. A composition is right when both its
+    kinds are among the judge's first five guesses for the two halves of the ring (`kinds_apart`, see
+    `coser.judge_halves`); `others_apart` says how often that is so of the kinds of other compositions, by chance.
+    `kinds_in_2` and `kinds_in_5` ask for both among its first guesses for the whole ring, which true compositions
+    hardly ever reach: the judge was taught single objects alone.
     """
     said = judge.judge(views)
     figures = {"nearest": float(nearest_distances(ring_embedding(said.embeddings)[None], reference)[0]),
@@ -123,6 +125,10 @@ def judge_figures(judge: ViewJudge, reference: Tensor, ring: Ring, views: ViewSe
         if set(ring.kinds) <= set(judge.config.kinds):
             guesses = judge.verdict(said.embeddings, ring.kinds[0]).top_objects
             figures |= {f"kinds_in_{n}": float(set(ring.kinds) <= set(guesses[:n])) for n in (2, 5)}
+            halves = guesses_of_halves(judge, views, cameras)
+            others = [q.kinds for q in load_questions(QUESTIONS, "compositions") if not set(q.kinds) & set(ring.kinds)]
+            figures |= {"kinds_apart": float(are_apart(halves, ring.kinds)),
+                        "others_apart": share_apart(halves, others)}
         return figures
     if judge.has_front(ring.object):
         figures["janus"] = float(is_janus(said.sectors[:, 0].exp(), cameras.azimuths, **judge.janus_rule))
