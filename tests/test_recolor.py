@@ -118,6 +118,25 @@ def test_held_out_pairs_are_never_painted(tmp_path, monkeypatch):
     assert words == {"green"}
 
 
+def test_held_out_assets_are_painted_in_held_out_colours_for_evaluation_alone(tmp_path, monkeypatch):
+    training = write_renders(tmp_path / "renders", [row("t", "blue")], t=two_toned((40, 60, 200)))
+    held_out = write_renders(tmp_path / "held_out", [
+        row("a"), row("b", "blue"), row("c", kind="crate"), row("d", "grey", others=())], b=two_toned((40, 60, 200)),
+        d=two_toned(GREY, GREY))
+    monkeypatch.setattr(recolor, "held_out_pairs", lambda: {("blue", "barrel"), ("pink", "barrel")})
+    before = {p: p.read_bytes() for folder in (training, held_out) for p in folder.iterdir()}
+    recolor.main([str(training), "--held-out", str(held_out), "--out", str(tmp_path / "pairs")])
+    ring, = list_rings(tmp_path / "pairs")  # b is blue already, d has no colour, and nobody shows how pink looks
+    assert (ring.asset_id, ring.colors, ring.captions) == ("a~blue", ("blue",), ("a blue barrel",))
+    paint, share = worn_paint(opaque_pixels(load_file(ring.path)["rgba"]), "blue")
+    assert share == pytest.approx(0.5)
+    assert {p: p.read_bytes() for folder in (training, held_out) for p in folder.iterdir()} == before
+    with pytest.raises(SystemExit):
+        recolor.main([str(training), "--held-out", str(held_out), "--out", str(tmp_path / "pairs")])
+    with pytest.raises(SystemExit):
+        recolor.main([str(training), "--held-out", str(held_out)])
+
+
 def test_the_held_out_list_is_forty_pairs_of_paintable_colours():
     pairs = recolor.held_out_pairs()
     assert len(pairs) == 40

@@ -3,7 +3,8 @@
 A copy of a ring gets another main colour, and its captions the word for it; grey, black, white and the other colours of
 the object stay. Written beside the originals as `<asset id>~<colour>-<ring>.safetensors`, an asset of its own in
 `index.jsonl`. Some pairs of colour and kind that no asset shows natively are held out (`questions.json`): they are
-never painted, so that a model can be asked for what it has never seen.
+never painted, so that a model can be asked for what it has never seen. `python -m coser.data.recolor RENDERS --held-out
+RENDERS_VAL --out FOLDER` paints held-out assets so, for evaluation alone: true renders to compare with.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from coser.data.dataset import Ring, is_repainted, list_rings
-from coser.data.index import REPAINTED, original_id, read_index, write_index
+from coser.data.assets import with_article
+from coser.data.dataset import Ring, first_rings, is_repainted, list_rings
+from coser.data.index import INDEX, REPAINTED, original_id, read_index, write_index
 from coser.questions import QUESTIONS, load_questions
 from coser.whole_files import whole_file
 
@@ -36,6 +38,7 @@ OTHER_COLOR_WORDS = re.compile(
     r"|rusty|tan|beige|cream|sandy|terracotta|chestnut|leather|autumn|brick|clay)\b")
 HALF_WIDTH, FALL_OFF = 20.0, 12.0  # degrees of hue on each side of the peak: repainted whole, and fading
 MIN_SATURATION = 0.15  # below it a pixel is grey, black or white and stays
+PALETTE = 12  # paints of a colour for held-out assets
 MIN_SHARE = 0.25  # of the object's pixels that must change, else the new word would be untrue
 
 
@@ -201,12 +204,59 @@ def recolor_rings(renders: Path, seed: int = 0, rings: tuple[int, ...] = (0, 1))
     return [path.stem.rsplit("-", 1)[0] for path in copies]
 
 
+def paint_held_out_pairs(renders: Path, held_out: Path, folder: Path, seed: int = 0) -> list[str]:
+    """Writes copies of held-out assets in the colours of the held-out pairs into a new folder; returns their ids.
+
+    renders: of the training assets, for how the colours look. Rings of `held_out` of the pairs' kinds, each in every
+    colour held out with its kind; other colours of theirs may change along. Raises ValueError where FOLDER has an index.
+    """
+    if (folder / INDEX).exists():
+        raise ValueError(f"out must be a new or empty folder, got {folder}, which holds an {INDEX}")
+    pairs = sorted(held_out_pairs())
+    palette: dict[str, list[Paint]] = {color: [] for color, _ in pairs}
+    for ring in first_rings(list_rings(renders)):
+        color = ring.colors[0] if ring.colors else ""
+        if color in palette and len(palette[color]) < PALETTE:
+            paint = worn_paint(opaque_pixels(load_file(ring.path)["rgba"]), color)
+            palette[color] += [paint[0]] if paint else []
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {}
+    for ring in first_rings(list_rings(held_out)):
+        wanted = [color for color, kind in pairs if kind == ring.kind and color not in ring.colors and palette[color]]
+        if not wanted or not ring.colors or ring.colors[0] not in HUES:
+            continue
+        tensors = load_file(ring.path)
+        worn = worn_paint(opaque_pixels(tensors["rgba"]), ring.colors[0])
+        for color in wanted if worn else ():
+            new_id = f"{ring.asset_id}{REPAINTED}{color}"
+            draw = np.random.default_rng([seed, zlib.crc32(new_id.encode())])
+            paint = palette[color][draw.integers(len(palette[color]))]
+            rows[new_id] = {"id": new_id, "object": ring.kind, "colors": [color],
+                            "captions": [with_article(f"{color} {ring.kind}")]}
+            painted = tensors | {"rgba": repaint(tensors["rgba"], worn[0], paint)}
+            save_file({k: v.contiguous() for k, v in painted.items()}, folder / f"{new_id}-0.safetensors")
+    write_index(folder, rows.values())
+    return list(rows)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m coser.data.recolor", description=__doc__.split("\n")[0])
     parser.add_argument("renders", type=Path, help="folder written by coser.data.render")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rings", type=int, nargs="+", default=[0, 1], help="which rings of an asset get a copy")
+    parser.add_argument("--held-out", type=Path, help="renders of held-out assets: paint these instead, in the colours "
+                        "of the held-out pairs, for evaluation")
+    parser.add_argument("--out", type=Path, help="with --held-out: the new folder that they go into")
     options = parser.parse_args(arguments)
+    if bool(options.held_out) != bool(options.out):
+        parser.error("--held-out and --out belong together")
+    if options.held_out:
+        try:
+            painted = paint_held_out_pairs(options.renders, options.held_out, options.out, options.seed)
+        except ValueError as error:
+            parser.exit(1, f"coser: {error}\n")
+        print(f"{len(painted)} rings of {len(set(map(original_id, painted)))} held-out assets")
+        return
     written = recolor_rings(options.renders, options.seed, tuple(options.rings))
     print(f"{len(written)} repainted rings of {len(set(map(original_id, written)))} assets")
 
