@@ -110,6 +110,12 @@ def test_copies_are_assets_of_their_own(tmp_path):
     assert {p: p.read_bytes() for p in folder.iterdir()} == before, "a second call changes nothing"
 
 
+def test_copies_make_no_kind_common(tmp_path):
+    folder = write_renders(tmp_path / "renders", [row("a"), row("a~blue", "blue"), row("b", kind="tree"),
+                                                  row("c", kind="tree"), row("c~pink", "pink", kind="tree")])
+    assert {r.asset_id for r in list_rings(folder, min_kind_count=2)} == {"b", "c", "c~pink"}
+
+
 def test_held_out_pairs_are_never_painted(tmp_path, monkeypatch):
     rows = [row(f"a{i}") for i in range(30)] + [row("b", "blue"), row("g", "green")]
     folder = write_renders(tmp_path / "renders", rows, b=two_toned((40, 60, 200)), g=two_toned((40, 160, 60)))

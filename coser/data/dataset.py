@@ -101,8 +101,8 @@ def first_rings(rings: list[Ring]) -> list[Ring]:
 def list_rings(renders: str | Path, limit: int | None = None, min_kind_count: int = 1) -> list[Ring]:
     """The ring files of a folder written by coser.data.render, sorted by name.
 
-    limit: the first so many. min_kind_count: only those whose kind has at least so many assets; scenes of several
-    assets neither count nor are left out. Raises ValueError when there are none.
+    limit: the first so many. min_kind_count: only those whose kind has at least so many assets; repainted copies do
+    not count, and scenes of several assets neither count nor are left out. Raises ValueError when there are none.
     """
     renders = Path(renders)
     if not (renders / INDEX).is_file():
@@ -114,7 +114,7 @@ def list_rings(renders: str | Path, limit: int | None = None, min_kind_count: in
         row = known[asset_id]
         rings.append(Ring(path, asset_id, row["object"], tuple(row["captions"]), tuple(row["colors"]),
                           kinds=tuple(row.get("kinds", ()))))
-    assets = Counter(kind for kind, _ in {(r.kind, r.asset_id) for r in rings if not r.kinds})
+    assets = Counter(kind for kind, _ in {(r.kind, original_id(r.asset_id)) for r in rings if not r.kinds})
     rings = [r for r in rings if r.kinds or assets[r.kind] >= min_kind_count]
     if not rings:
         raise ValueError(f"{renders} holds no rendered rings of kinds with at least {min_kind_count} assets yet")
