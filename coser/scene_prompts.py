@@ -18,8 +18,8 @@ from coser.data.scene_words import SIZES, metres, singular
 
 # What no training scene is made of, but people ask for; metres, the longest side
 ASKED_FOR = SIZES | metres("""ship 20, boat 5, sailboat 6, spaceship 12, rocket 15, plane 10, airplane 12,
-    helicopter 10, bus 11, train 15, tank 7, bicycle 1.7, motorcycle 2.1, hill 12, mountain 30, island 15, pond 4, bridge 10, hut 4,
-    cabin 6, shop 8, temple 20, pyramid 30, door 2, gate 3, fence 2, wall 3, rug 1.8, carpet 1.8, mat 0.9, basket 0.45,
+    helicopter 10, bus 11, train 15, tank 7, bicycle 1.7, motorcycle 2.1, hill 12, mountain 30, island 15, pond 4,
+    bridge 10, hut 4, cabin 6, shop 8, temple 20, pyramid 30, door 2, gate 3, fence 2, wall 3, rug 1.8, carpet 1.8, mat 0.9, basket 0.45,
     hat 0.3, sword 1.0, axe 0.9, shield 0.7, pistol 0.25, gun 0.3, rifle 1.0, hammer 0.4, key 0.1, coin 0.06, ring 0.05,
     gem 0.1, crystal 0.4, heart 0.3, star 0.4, flower 0.4, tulip 0.4, rose 0.4, carrot 0.2, egg 0.06, fish 0.35,
     bird 0.25, duck 0.35, chicken 0.4, penguin 0.8, parrot 0.35, owl 0.35, snake 1.2, spider 0.1, turtle 0.5, bear 1.8,
@@ -63,7 +63,7 @@ class ScenePlan:
     """What a sentence asks for: kinds of objects, and what relates each after the first to all that come before it.
 
     relations: of `coser.data.scene_words.RELATIONS`, one fewer than objects; "a cat on a chair beside a table" is a cat
-    that is "on" a chair, both "beside" a table. None for several copies of one object.
+    that is "on" a chair, both "beside" a table. Empty for several copies of one object.
     """
 
     objects: tuple[SceneObject, ...]
