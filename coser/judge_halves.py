@@ -46,7 +46,7 @@ def share_apart(guesses: list[tuple[Guesses, Guesses]], pairs: Iterable[tuple[st
 
 
 def are_apart(guesses: Iterable[tuple[Guesses, Guesses]], kinds: tuple[str, str]) -> bool:
-    """Whether one half of some cut is taken for the one kind and the other half for the other, by any of their names."""
+    """Whether one half of some cut is taken for one kind and the other half for the other, by any of their names."""
     def shows(half: Guesses, kind: str) -> bool:
         return any(is_name_of(word, kind) for word in half)
 

@@ -208,7 +208,7 @@ def paint_held_out_pairs(renders: Path, held_out: Path, folder: Path, seed: int 
     """Writes copies of held-out assets in the colours of the held-out pairs into a new folder; returns their ids.
 
     renders: of the training assets, for how the colours look. Rings of `held_out` of the pairs' kinds, each in every
-    colour held out with its kind; other colours of theirs may change along. Raises ValueError where FOLDER has an index.
+    colour held out with its kind; other colours of theirs may change along. Raises ValueError where it has an index.
     """
     if (folder / INDEX).exists():
         raise ValueError(f"out must be a new or empty folder, got {folder}, which holds an {INDEX}")
@@ -244,8 +244,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("renders", type=Path, help="folder written by coser.data.render")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rings", type=int, nargs="+", default=[0, 1], help="which rings of an asset get a copy")
-    parser.add_argument("--held-out", type=Path, help="renders of held-out assets: paint these instead, in the colours "
-                        "of the held-out pairs, for evaluation")
+    parser.add_argument("--held-out", type=Path, help="renders of held-out assets: paint these instead, in the "
+                        "colours of the held-out pairs, for evaluation")
     parser.add_argument("--out", type=Path, help="with --held-out: the new folder that they go into")
     options = parser.parse_args(arguments)
     if bool(options.held_out) != bool(options.out):
