@@ -21,12 +21,12 @@ ASKED_FOR = SIZES | metres("""ship 20, boat 5, sailboat 6, spaceship 12, rocket 
     helicopter 10, bus 11, train 15, tank 7, bicycle 1.7, motorcycle 2.1, hill 12, mountain 30, island 15, pond 4,
     bridge 10, hut 4, cabin 6, shop 8, temple 20, pyramid 30, door 2, gate 3, fence 2, wall 3, rug 1.8, carpet 1.8,
     mat 0.9, basket 0.45, hat 0.3, sword 1.0, axe 0.9, shield 0.7, pistol 0.25, gun 0.3, rifle 1.0, hammer 0.4,
-    key 0.1, coin 0.06, ring 0.05, gem 0.1, crystal 0.4, heart 0.3, star 0.4, flower 0.4, tulip 0.4, rose 0.4, carrot 0.2, egg 0.06, fish 0.35,
-    bird 0.25, duck 0.35, chicken 0.4, penguin 0.8, parrot 0.35, owl 0.35, snake 1.2, spider 0.1, turtle 0.5, bear 1.8,
-    elephant 4, lion 2, tiger 2.2, monkey 0.8, mouse 0.12, rabbit 0.4, ball 0.22, clock 0.3, phone 0.15, camera 0.15,
-    guitar 1.0, piano 1.5, drum 0.5, flag 1.5, ghost 1.7, witch 1.7, king 1.8, queen 1.7, soldier 1.8, boy 1.4,
-    girl 1.4, dragon 5, dinosaur 6, unicorn 2.2, gnome 0.4, teapot 0.2, kettle 0.25, cookie 0.08, pizza 0.35,
-    ice cream 0.15, present 0.3, gift 0.3, toy 0.3""")
+    key 0.1, coin 0.06, ring 0.05, gem 0.1, crystal 0.4, heart 0.3, star 0.4, flower 0.4, tulip 0.4, rose 0.4,
+    carrot 0.2, egg 0.06, fish 0.35, bird 0.25, duck 0.35, chicken 0.4, penguin 0.8, parrot 0.35, owl 0.35, snake 1.2,
+    spider 0.1, turtle 0.5, bear 1.8, elephant 4, lion 2, tiger 2.2, monkey 0.8, mouse 0.12, rabbit 0.4, ball 0.22,
+    clock 0.3, phone 0.15, camera 0.15, guitar 1.0, piano 1.5, drum 0.5, flag 1.5, ghost 1.7, witch 1.7, king 1.8,
+    queen 1.7, soldier 1.8, boy 1.4, girl 1.4, dragon 5, dinosaur 6, unicorn 2.2, gnome 0.4, teapot 0.2, kettle 0.25,
+    cookie 0.08, pizza 0.35, ice cream 0.15, present 0.3, gift 0.3, toy 0.3""")
 MOST_OBJECTS, MOST_COPIES = 4, 4
 NUMBERS = {"a": 1, "an": 1, "the": 1, "one": 1, "two": 2, "three": 3, "four": 4, "2": 2, "3": 3, "4": 4}
 _EACH = rf"(?:{'|'.join(NUMBERS)})\s"  # what a new object begins with: "a red and white mushroom" is one
