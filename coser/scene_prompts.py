@@ -55,7 +55,7 @@ class SceneObject:
     @property
     def name(self) -> str:
         """Its noun with what describes it, without article: "brown barrel"."""
-        return _TAIL.sub("", self.prompt.split(" ", 1)[1]).strip() or self.prompt.split(" ", 1)[1]
+        return _TAIL.sub("", self.prompt.split(" ", 1)[1]).strip()
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,11 @@ def scene_plan(prompt: str) -> ScenePlan | None:
 def _scene_object(text: str) -> SceneObject | None:
     """"two brown crates" => a brown crate, twice."""
     number, _, noun = text.partition(" ")
-    if number not in NUMBERS or not re.search(r"[^\W\d_]", noun):
+    head = _TAIL.sub("", noun).strip()
+    if number not in NUMBERS or not re.search(r"[^\W\d_]", head):  # "two of them" names nothing
         return None
     count = NUMBERS[number]
     if count > 1:
-        head = _TAIL.sub("", noun).strip()
         noun = singular(head) + noun[len(head):]
     return SceneObject(with_article(noun), count)
 

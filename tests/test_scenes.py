@@ -54,7 +54,7 @@ def test_several_objects_are_taken_apart(prompt, relation, expected):
 
 @pytest.mark.parametrize("prompt", [
     "a red barrel", "a red and white mushroom", "a knight with a sword and a shield", "a robot wearing a hat",
-    "a house on stilts", "a candle on two tables", "a chair, red", "two", "barrel",
+    "a house on stilts", "a candle on two tables", "a chair, red", "two", "barrel", "two of them", "a of gold on a table",
     "a cat, a dog, a cow, a pig and a hen",
     "a man in front of", "five crates", "a pot with a tulip", "", "on a table",
 ])
