@@ -209,7 +209,7 @@ class ViewJudge(ModelMixin, ConfigMixin):
         objects, colors = self.name_kinds(ring)[0], self.name_colors(ring)[0]
         return Verdict(_rank(objects, self.config.kinds, kind),
                        None if color_word is None else _rank(colors, self.config.colors, color_word),
-                       _best(objects, self.config.kinds), _best(colors, self.config.colors))
+                       first_guesses(objects, self.config.kinds), first_guesses(colors, self.config.colors))
 
     @property
     def janus_rule(self) -> dict[str, float]:
@@ -227,7 +227,8 @@ def _rank(scores: Tensor, words: tuple[str, ...], word: str) -> int:
     return 1 + int((scores > scores[list(words).index(word)]).sum())
 
 
-def _best(scores: Tensor, words: tuple[str, ...]) -> tuple[str, ...]:
+def first_guesses(scores: Tensor, words: tuple[str, ...]) -> tuple[str, ...]:
+    """The TOP words with the highest scores [K], best first."""
     return tuple(words[i] for i in scores.argsort(descending=True)[:TOP].tolist())
 
 

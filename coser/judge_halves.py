@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coser.cameras import Cameras, pixel_centers
-from coser.judge import SIZE, ViewJudge, ring_embedding
+from coser.judge import SIZE, ViewJudge, first_guesses, ring_embedding
 from coser.questions import is_name_of
 from coser.views import ViewSet
 
@@ -34,8 +34,7 @@ def guesses_of_halves(judge: ViewJudge, views: ViewSet, cameras: Cameras) -> lis
         return []
     embeddings = judge.judge_pictures(torch.cat(pictures)).embeddings.split([len(half) for half in pictures])
     scores = judge.name_kinds(torch.stack([ring_embedding(e) for e in embeddings]).to(judge.device))
-    kinds = judge.config.kinds
-    top = [tuple(kinds[i] for i in row) for row in scores.topk(min(5, len(kinds))).indices.tolist()]
+    top = [first_guesses(of_half, judge.config.kinds) for of_half in scores]
     return list(zip(top[::2], top[1::2]))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coser.cameras import Cameras
 from coser.data.placing import beside, box_of, drop, resting_places
-from coser.data.scene_words import SIDES, SHRINKS, sizes_together
+from coser.data.scene_words import SHRINKS, SIDES, sizes_together
 from coser.metrics import render_mesh
 from coser.reconstruction import QUICK, Mesh, Surface, find_surface, finish
 from coser.scene_prompts import ScenePlan

@@ -17,6 +17,11 @@ def original_id(asset_id: str) -> str:
     return asset_id.split(REPAINTED)[0]
 
 
+def repainted_id(asset_id: str, color: str) -> str:
+    """The id of a copy of an asset in another colour."""
+    return f"{asset_id}{REPAINTED}{color}"
+
+
 def read_index(folder: Path) -> dict[str, dict]:
     """The row of each asset, by id; empty where there is no index."""
     index = folder / INDEX

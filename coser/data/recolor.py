@@ -23,7 +23,7 @@ from torch import Tensor
 
 from coser.data.assets import with_article
 from coser.data.dataset import Ring, first_rings, is_repainted, list_rings
-from coser.data.index import INDEX, REPAINTED, original_id, read_index, write_index
+from coser.data.index import INDEX, original_id, read_index, repainted_id, write_index
 from coser.questions import QUESTIONS, load_questions
 from coser.whole_files import whole_file
 
@@ -188,7 +188,7 @@ def recolor_rings(renders: Path, seed: int = 0, rings: tuple[int, ...] = (0, 1))
         captions = [c for c in (rewrite(c, ring.colors[0], word) for c in ring.captions) if c]
         if not captions:
             continue
-        new_id = f"{ring.asset_id}{REPAINTED}{word}"
+        new_id = repainted_id(ring.asset_id, word)
         name = re.sub(rf"\b({ring.colors[0]}|wooden|golden) ", "", ring.object)
         rows[new_id] = rows[ring.asset_id] | {"id": new_id, "captions": captions, "object": name,
                                               "colors": [word, *ring.colors[1:]]}
@@ -228,7 +228,7 @@ def paint_held_out_pairs(renders: Path, held_out: Path, folder: Path, seed: int 
         tensors = load_file(ring.path)
         worn = worn_paint(opaque_pixels(tensors["rgba"]), ring.colors[0])
         for color in wanted if worn else ():
-            new_id = f"{ring.asset_id}{REPAINTED}{color}"
+            new_id = repainted_id(ring.asset_id, color)
             draw = np.random.default_rng([seed, zlib.crc32(new_id.encode())])
             paint = palette[color][draw.integers(len(palette[color]))]
             rows[new_id] = {"id": new_id, "object": ring.kind, "colors": [color],
