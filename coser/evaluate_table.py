@@ -25,7 +25,7 @@ from coser.data.render import load_ring, save_ring
 from coser.devices import add_dtype_option, dtype_asked_for
 from coser.epipolar import tsed
 from coser.evaluate_prompts import SMALL, add_symmetry_option, contact_sheet, sheet_row, symmetries_asked_for
-from coser.judge import ViewJudge, is_janus, load_judge, nearest_distances, ring_embedding
+from coser.judge import Asked, is_janus, load_judges, nearest_distances, ring_embedding
 from coser.judge_halves import are_apart, guesses_of_halves, share_apart
 from coser.metrics import psnr, render_mesh, sharpness, silhouette_iou
 from coser.pipeline import CoSERPipeline
@@ -106,7 +106,7 @@ def geometry_figures(views: ViewSet, cameras: Cameras) -> tuple[dict[str, float]
 
 
 @torch.no_grad()
-def judge_figures(judge: ViewJudge, reference: Tensor, ring: Ring, views: ViewSet,
+def judge_figures(judge: Asked, reference: Tensor, ring: Ring, views: ViewSet,
                   cameras: Cameras) -> dict[str, float]:
     """Whether a ring shows what was asked for, once only, and how near it lies to the training assets.
 
@@ -145,11 +145,10 @@ def judge_figures(judge: ViewJudge, reference: Tensor, ring: Ring, views: ViewSe
     return figures
 
 
-def reference_embeddings(judge: ViewJudge, rings: list[Ring], cache: Path) -> Tensor:
+def reference_embeddings(judge: Asked, rings: list[Ring], cache: Path) -> Tensor:
     """Embeddings [M,D] of the training assets, each from six views of its first ring; kept in `cache`."""
     rings = first_rings(rings)
-    weights = judge.to_embedding.weight.detach().numpy().tobytes()
-    key = sha256(str([r.path.stem for r in rings]).encode() + weights).hexdigest()
+    key = sha256(str([r.path.stem for r in rings]).encode() + judge.fingerprint).hexdigest()
     file = cache / f"reference-{key[:16]}.safetensors"
     if not file.is_file():
         found = []
@@ -241,7 +240,8 @@ def draw_sheet(rings: list[Ring], path: Path) -> None:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, default=SMALL, help="pipeline folder")
-    parser.add_argument("--judge", type=Path, required=True, help="folder of a trained judge")
+    parser.add_argument("--judge", type=Path, nargs="+", required=True, help="folder of a trained judge; several are "
+                        "asked as one, and the first alone about sides")
     parser.add_argument("--held-out", type=Path, required=True, help="renders of held-out assets: ceiling and floor")
     parser.add_argument("--renders", type=Path, required=True, help="renders of the training assets: what may have "
                         "been memorised")
@@ -278,7 +278,7 @@ def run(options: argparse.Namespace) -> None:
     if options.sheet:
         by_prompt = {ring.captions[0]: ring for ring in drawn}
         draw_sheet([by_prompt[q.prompt] for q in questions[:options.sheet_prompts]], options.sheet)
-    judge = load_judge(options.judge)
+    judge = load_judges(options.judge, dtype_asked_for(options))
     reference = reference_embeddings(judge, list_rings(options.renders), options.out)
     clip = ClipScore(options.clip) if options.clip else None
 
@@ -289,8 +289,9 @@ def run(options: argparse.Namespace) -> None:
     held_out = spread(list_rings(options.held_out), options.held_out_limit)
     columns = (Column("generated", drawn), Column("true renders", held_out),
                Column("shuffled renders", held_out, shuffled=True))
+    asked = sha256(judge.fingerprint).hexdigest()[:8]  # another judge's figures are not taken over
     scores = {column.name: score_column(column, judge_of, options.num_views,
-                                        options.out / f"{slug(column.name)}.jsonl") for column in columns}
+                                        options.out / f"{slug(column.name)}-{asked}.jsonl") for column in columns}
     index = read_index(options.out / "rings")
     scores["generated"] = [row | {"seconds": index[row["id"]]["seconds"]} for row in scores["generated"]]
     summary = summarise(scores)
@@ -298,7 +299,8 @@ def run(options: argparse.Namespace) -> None:
     stages = {name: statistics.median(row["stages"].get(name, 0.0) for row in index.values()) for name in sorted(names)}
     table = markdown(summary, stages)
     (options.out / "table.md").write_text(table, "utf-8")
-    chosen = {k: str(v) for k, v in vars(options).items() if k != "run"}
+    chosen = {k: str(v) for k, v in vars(options).items() if k not in ("run", "judge")}
+    chosen["judge"] = " ".join(map(str, options.judge))
     (options.out / "table.json").write_text(json.dumps(
         {"options": chosen, "summary": summary, "stages": stages, "rings": scores}, indent=1) + "\n", "utf-8")
     print(table)

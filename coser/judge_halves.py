@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coser.cameras import Cameras, pixel_centers
-from coser.judge import SIZE, ViewJudge, first_guesses, ring_embedding
+from coser.judge import SIZE, Asked, first_guesses, ring_embedding
 from coser.questions import is_name_of
 from coser.views import ViewSet
 
@@ -26,7 +26,7 @@ LEAST_SHARE = 0.003  # of the pictures' pixels: a half that shows less is nothin
 Guesses = tuple[str, ...]
 
 
-def guesses_of_halves(judge: ViewJudge, views: ViewSet, cameras: Cameras) -> list[tuple[Guesses, Guesses]]:
+def guesses_of_halves(judge: Asked, views: ViewSet, cameras: Cameras) -> list[tuple[Guesses, Guesses]]:
     """The judge's first guesses for both halves of every cut of a ring whose views have depths."""
     stride = max(1, len(views) // HALF_VIEWS)
     pictures = [half for cut in cut_in_two(views[::stride], cameras[::stride]) for half in cut]

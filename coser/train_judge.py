@@ -28,9 +28,10 @@ from torch import Tensor
 from coser.data.assets import with_article
 from coser.data.dataset import CHANNEL_ORDERS, Prefetched, Ring, is_repainted, list_rings, step_generator
 from coser.devices import choose_dtype
-from coser.judge import SECTORS, ViewJudge, azimuth_to_sector, sentence_states
-from coser.judge_figures import (SmallRing, fit_janus_rule, fronted, fronted_kinds, janus_figures, judge_rings,
-                                 shape_of, side_figures, small_rings, word_figures)
+from coser.judge import SECTORS, Judgement, ViewJudge, azimuth_to_sector, sentence_states
+from coser.judge_figures import (JudgedRing, SmallRing, fit_janus_rule, fronted, fronted_kinds, janus_figures,
+                                 judge_rings, shape_of, side_figures, small_rings, word_figures)
+from coser.models.efficientnet_lite import load_efficientnet_lite
 from coser.optimizer import MasterOptimizer, learning_rate
 from coser.train_loop import Log, Options, train_loop
 
@@ -45,10 +46,12 @@ HELD_OUT_SHARE = 10  # one training asset in so many is kept aside, for figures 
 SCALES, SHIFT, GAINS, TINT, NOISE = (0.85, 1.15), 0.06, (0.8, 1.15), 0.06, 0.02
 SHARP, BLUR = 0.5, 1.6  # pixels; half a pixel is what resampling costs anyway
 RECOLORED = 0.1  # share of views with swapped colour channels: their kind stays, but no colour word holds
+PLAIN = 0.5  # share of views that are not altered, where the trunk is a backbone: it cannot learn not to mind
 SECTOR_WEIGHT = 2.0
 EMA = 0.995  # runs are short
 SMOOTHING = 0.05
 FORMS = ("caption", "object", "color_object")
+FRONTS_OF_KIND = 8  # assets at most that say whether a kind has a front
 NOTHING = -100  # a label that is not known; what cross_entropy ignores
 
 
@@ -57,6 +60,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-kind-count", type=int, default=3, help="kinds of objects with so many assets")
     parser.add_argument("--min-color-count", type=int, default=10, help="main colours of so many assets")
     parser.add_argument("--start", type=Path, help="judge's folder to start from instead of random weights")
+    parser.add_argument("--backbone", help="folder or hub id of an EfficientNet-Lite with timm's names, trained on "
+                        "photographs, to see with instead of a trunk of its own")
+    parser.add_argument("--seen-views", type=int, default=25_600, help="with --backbone, which is not trained: altered "
+                        "views that it looks at once, before the training")
 
 
 def is_kept_aside(ring: Ring) -> bool:
@@ -83,25 +90,44 @@ def load_states(texts: list[str], cache: Path) -> Tensor:
 
 
 @dataclass(frozen=True)
-class JudgeBatch:
-    """B views and what they show.
+class Labels:
+    """What B views show.
 
-    pictures [B,4,128,128]; kinds, colors, sectors [B], NOTHING where unknown; texts: form => the rows of the text
-    states that fit [B], NOTHING where none does.
+    kinds, colors, sectors [B], NOTHING where unknown; texts: form => the rows of the text states that fit [B], NOTHING
+    where none does.
     """
 
-    pictures: Tensor
     kinds: Tensor
     colors: Tensor
     sectors: Tensor
     texts: dict[str, Tensor]
 
+    def __getitem__(self, rows: Tensor) -> Labels:
+        return Labels(self.kinds[rows], self.colors[rows], self.sectors[rows],
+                      {form: found[rows] for form, found in self.texts.items()})
+
+    @staticmethod
+    def cat(parts: list[Labels]) -> Labels:
+        kinds, colors, sectors = (torch.cat([getattr(p, n) for p in parts]) for n in ("kinds", "colors", "sectors"))
+        return Labels(kinds, colors, sectors, {form: torch.cat([p.texts[form] for p in parts]) for form in FORMS})
+
+
+@dataclass(frozen=True)
+class JudgeBatch:
+    """B views, pictures [B,4,128,128], and what they show."""
+
+    pictures: Tensor
+    labels: Labels
+
 
 class JudgeBatches:
-    """Draws altered views of random shapes, rare kinds more often than their number; a function of (seed, step)."""
+    """Draws altered views of random shapes, rare kinds more often than their number; a function of (seed, step).
+
+    plain: the share of views that are at most mirrored.
+    """
 
     def __init__(self, rings: list[SmallRing], kinds: list[str], colors: list[str], texts: list[str], batch_size: int,
-                 seed: int = 0):
+                 seed: int = 0, plain: float = 0.0):
         self.assets: dict[str, list[SmallRing]] = defaultdict(list)
         for ring in rings:
             self.assets[shape_of(ring.ring)].append(ring)
@@ -110,7 +136,7 @@ class JudgeBatches:
         self.weights = torch.tensor([counts[self.assets[n][0].ring.kind] ** -0.5 for n in self.names])
         self.kinds, self.colors = ({w: i for i, w in enumerate(words)} for words in (kinds, colors))
         self.rows = {text: i for i, text in enumerate(texts)}
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.plain = batch_size, seed, plain
 
     def __call__(self, step: int) -> JudgeBatch:
         generator = step_generator(self.seed, step)
@@ -139,8 +165,32 @@ class JudgeBatches:
                 labels[form].append(self.rows[texts[text]] if fits else NOTHING)
         found = {name: torch.tensor(values) for name, values in labels.items()}
         turned = torch.where(mirrored & (found["sectors"] != NOTHING), -found["sectors"] % SECTORS, found["sectors"])
-        altered = alter(torch.cat(pictures), recolored, mirrored, generator)
-        return JudgeBatch(altered, found["kinds"], found["colors"], turned, {form: found[form] for form in FORMS})
+        as_they_are = torch.cat(pictures)
+        altered = alter(as_they_are, recolored, mirrored, generator)
+        if self.plain:  # what swapped colours hide stays hidden
+            plain = (torch.rand(self.batch_size, generator=generator) < self.plain) & ~recolored
+            flipped = torch.where(mirrored[:, None, None, None], as_they_are.flip(-1), as_they_are)
+            altered = torch.where(plain[:, None, None, None], flipped, altered)
+        return JudgeBatch(altered, Labels(found["kinds"], found["colors"], turned,
+                                          {form: found[form] for form in FORMS}))
+
+
+class SeenViews:
+    """Altered views that a judge whose trunk is not trained has looked at once; a batch is a function of the step."""
+
+    @torch.no_grad()
+    def __init__(self, judge: ViewJudge, batches: JudgeBatches, count: int):
+        upcoming, parts, labels = Prefetched(batches), [], []
+        while sum(len(seen) for seen, _ in parts) < count:
+            batch = upcoming(len(parts))
+            parts.append(tuple(t.half().cpu() for t in judge.look(batch.pictures)))
+            labels.append(batch.labels)
+        self.seen, self.places = (torch.cat(tensors) for tensors in zip(*parts))
+        self.labels, self.seed = Labels.cat(labels), batches.seed
+
+    def __call__(self, step: int, batch_size: int) -> tuple[Tensor, Tensor, Labels]:
+        rows = torch.randint(len(self.seen), (batch_size,), generator=step_generator(self.seed, step))
+        return self.seen[rows], self.places[rows], self.labels[rows]
 
 
 def alter(pictures: Tensor, recolored: Tensor, mirrored: Tensor, generator: torch.Generator) -> Tensor:
@@ -214,14 +264,14 @@ def matching_loss(views: Tensor, texts: Tensor, rows: Tensor, scale: Tensor) -> 
     return (F.cross_entropy(scores, fits) + F.cross_entropy(scores.T, fits)) / 2
 
 
-def judge_loss(judge: ViewJudge, batch: JudgeBatch, states: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def judge_loss(judge: ViewJudge, said: Judgement, labels: Labels, states: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of all questions, and its parts. states [M,384]: of all texts."""
-    said, device = judge(batch.pictures), judge.device
-    parts = {"kind": classification_loss(judge.name_kinds(said.embeddings), batch.kinds.to(device)),
-             "color": classification_loss(judge.name_colors(said.embeddings), batch.colors.to(device)),
-             "sector": classification_loss(said.sectors, batch.sectors.to(device))}
+    device = judge.device
+    parts = {"kind": classification_loss(judge.name_kinds(said.embeddings), labels.kinds.to(device)),
+             "color": classification_loss(judge.name_colors(said.embeddings), labels.colors.to(device)),
+             "sector": classification_loss(said.sectors, labels.sectors.to(device))}
     matching = [matching_loss(said.embeddings, judge.embed_states(states[rows.clamp_min(0)]), rows.to(device),
-                              judge.scale) for rows in batch.texts.values()]
+                              judge.scale) for rows in labels.texts.values()]
     parts["text"] = torch.stack(matching).mean()
     loss = parts["kind"] + parts["color"] + SECTOR_WEIGHT * parts["sector"] + parts["text"]
     return loss, {name: part.detach() for name, part in parts.items()}
@@ -242,13 +292,16 @@ def run(options: argparse.Namespace, loop: Options) -> None:
     rings = [r for r in known if not is_kept_aside(r.ring)]
     aside = [r for r in known if is_kept_aside(r.ring)]
     kept = {"kept": [r for r in aside if not is_repainted(r.ring)],
-            "repainted": [r for r in aside if is_repainted(r.ring)],
+            "repainted": list({shape_of(r.ring): r for r in aside if is_repainted(r.ring)}.values()),
             "held_out": small_rings(list_rings(options.held_out), loop.run / "views" / "held-out")}
     kinds, colors = words_of(rings, options.min_color_count)
     texts = sorted({text for r in rings for form in text_forms(r.ring).values() for text in form})
     states = load_states(texts, loop.run / "texts.safetensors").to(options.device)
     torch.manual_seed(options.seed)
-    judge = ViewJudge(kinds, colors, **preset["model"])
+    backbone, weights = load_efficientnet_lite(options.backbone) if options.backbone else (None, {})
+    judge = ViewJudge(kinds, colors, **preset["model"], backbone=backbone)
+    if backbone:
+        judge.trunk.load_state_dict(weights)
     if options.start:  # its words may be others; parts that it lacks keep their fresh weights
         start = load_file(options.start / "diffusion_pytorch_model.safetensors")
         judge.load_state_dict({k: v for k, v in start.items() if not k.endswith("_states")}, strict=False)
@@ -256,30 +309,45 @@ def run(options: argparse.Namespace, loop: Options) -> None:
     judge = judge.to(options.device, getattr(torch, options.dtype), memory_format=torch.channels_last)
     lr = learning_rate(preset, options.muon, options.lr)
     optimizer = MasterOptimizer(judge, lr=lr, ema_decay=EMA, use_muon=options.muon)
-    upcoming = Prefetched(JudgeBatches(rings, kinds, colors, texts, options.batch_size or preset["batch_size"],
-                                       options.seed))
+    batch_size = options.batch_size or preset["batch_size"]
+    batches = JudgeBatches(rings, kinds, colors, texts, batch_size, options.seed, PLAIN if options.backbone else 0.0)
     print(f"judge: {sum(p.numel() for p in judge.parameters()) / 1e6:.2f} M parameters, {options.dtype} on "
           f"{options.device}, {len(rings)} training rings, {len(aside)} kept aside and "
           f"{len(kept['held_out'])} held out, {len(kinds)} kinds, "
           f"{len(colors)} colours, {len(texts)} texts", flush=True)
 
-    def loss_of_step(step: int) -> tuple[Tensor, dict]:
-        return judge_loss(judge, upcoming(step), states)
+    if backbone:
+        bank = SeenViews(judge, batches, options.seen_views)
 
-    def measure_fronts() -> None:  # of a thousand rings and more: takes minutes
+        def loss_of_step(step: int) -> tuple[Tensor, dict]:
+            seen, places, labels = bank(step, batch_size)
+            said = judge.say(seen.to(judge.device, judge.dtype), places.to(judge.device, judge.dtype))
+            return judge_loss(judge, said, labels, states)
+    else:
+        upcoming = Prefetched(batches)
+
+        def loss_of_step(step: int) -> tuple[Tensor, dict]:
+            batch = upcoming(step)
+            return judge_loss(judge, judge(batch.pictures), batch.labels, states)
+
+    def measure_fronts(judged_aside: list[JudgedRing]) -> None:  # of a thousand rings: takes minutes
         originals = {shape_of(r.ring): r for r in reversed(rings) if not is_repainted(r.ring)}  # a ring of each shape
-        judge.register_to_config(fronted_kinds=fronted_kinds(judge_rings(judge, list(originals.values()))))
-        with_front = fronted(judge, judge_rings(judge, kept["kept"]))
+        of_kind = defaultdict(list)
+        for ring in originals.values():
+            of_kind[ring.ring.kind].append(ring)
+        some = [ring for same in of_kind.values() for ring in same[:FRONTS_OF_KIND]]
+        judge.register_to_config(fronted_kinds=fronted_kinds(judge_rings(judge, some)))
+        with_front = fronted(judge, judged_aside)
         if with_front:  # else the judge has no rule, and says so when asked
             rule = fit_janus_rule(with_front)
             judge.register_to_config(janus_floor=rule["floor"], janus_ratio=rule["ratio"])
 
     def evaluate(step: int, log: Log) -> None:
-        measure_fronts()
-        for name, group in kept.items():
-            if not group:
+        judged_groups = {name: judge_rings(judge, group) for name, group in kept.items()}
+        measure_fronts(judged_groups["kept"])
+        for name, judged in judged_groups.items():
+            if not judged:
                 continue
-            judged = judge_rings(judge, group)
             figures = word_figures(judged, judge)
             if with_front := fronted(judge, judged):
                 figures |= side_figures(with_front)

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from solids import cube, table
 
 from coser.cameras import Cameras
 from coser.data.assets import with_article
 from coser.data.dataset import Ring, list_rings
-from coser.judge import (Judgement, ViewJudge, azimuth_to_sector, is_janus, load_judge, nearest_distances,
-                         ring_embedding, views_to_pictures)
+from coser.judge import (Judgement, Judges, ViewJudge, azimuth_to_sector, color_histogram, is_janus, load_judge,
+                         nearest_distances, ring_embedding, views_to_pictures)
 from coser.judge_figures import (JudgedRing, SmallRing, fit_janus_rule, fronted_kinds, is_front_told, janus_figures,
                                  judge_rings, small_rings)
+from coser.models.efficientnet_lite import EfficientNetLite
 from coser.rasterizer import render
 from coser.train import main
 from coser.train_judge import (NOTHING, PRESETS, JudgeBatches, alter, classification_loss, is_kept_aside, matching_loss,
@@ -114,6 +115,63 @@ def test_words_are_named_as_their_sentences_are(judge):
 def test_sentences_that_mean_the_same_lie_nearer_than_others(judge):
     lamp, again, truck = judge.embed_text(["a red lamp", "a lamp that is red", "a green truck"])
     assert float(lamp @ again) > float(lamp @ truck) and float(lamp.norm()) == pytest.approx(1, abs=1e-5)
+
+
+def test_colours_are_counted_in_what_is_covered_alone():
+    pictures = torch.zeros(3, 4, 128, 128)
+    pictures[:2, 0, :32], pictures[:2, 3, :32] = 1.0, 1.0  # red above
+    pictures[0, 2, 64:96], pictures[0, 3, 64:96] = 0.8, 0.8  # as much blue, not quite opaque
+    shares = color_histogram(pictures).square()
+    red, blue = 5 * 36, 5
+    torch.testing.assert_close(shares[0, [red, blue]], torch.tensor([1.0, 0.8]) / 1.8, atol=1e-4, rtol=0)
+    torch.testing.assert_close(shares[1, red], torch.tensor(1.0), atol=1e-4, rtol=0)
+    assert not shares[2].any()  # nothing shows nothing
+    dull = torch.cat([torch.full((1, 3, 8, 8), 0.3), torch.ones(1, 1, 8, 8)], 1)  # between two levels of each channel
+    assert float(color_histogram(dull).square().sum()) == pytest.approx(1, abs=1e-5)
+    assert int((color_histogram(dull) > 0).sum()) == 8
+
+
+def test_a_judge_with_a_backbone_learns_beside_it_alone(painted_cube):
+    torch.manual_seed(0)
+    seeing = ViewJudge(KINDS, COLORS, embedding_dim=16, backbone="tf_efficientnet_lite0")
+    learning = {name for name, p in seeing.named_parameters() if p.requires_grad}
+    assert learning and not any(name.startswith("trunk.") for name in learning)
+    pictures = views_to_pictures(painted_cube)
+    together, alone = seeing(pictures), seeing(pictures[:1])
+    torch.testing.assert_close(together.embeddings[:1], alone.embeddings, atol=1e-4, rtol=1e-4)
+    (together.embeddings[:, 0].sum() + together.sectors[:, 0].sum()).backward()
+    assert float(seeing.to_embedding.weight.grad.abs().max()) > 0 and seeing.trunk.conv_stem.weight.grad is None
+    red, blue = pictures.clone(), pictures.flip(1).roll(-1, 1)
+    with torch.no_grad():  # colours reach it past the backbone
+        seeing.to_embedding.weight[:, :1280] = 0
+        assert not torch.allclose(seeing(red).embeddings, seeing(blue).embeddings, atol=1e-3)
+
+
+@torch.no_grad()
+def test_several_judges_say_the_mean_of_what_each_says(painted_cube):
+    torch.manual_seed(2)
+    first, second = (ViewJudge(kinds, COLORS, **PRESETS["tiny"]["model"]).eval()
+                     for kinds in (KINDS, ("tree", "stone", "ball")))
+    for judge in (first, second):
+        judge.read_words()
+    both = Judges([first, second])
+    assert tuple(both.config.kinds) == ("ball", "tree") and tuple(both.config.colors) == COLORS
+    said = both.judge(painted_cube)
+    apart = [judge.judge(painted_cube) for judge in (first, second)]
+    torch.testing.assert_close(said.embeddings.norm(dim=1), torch.ones(8))
+    torch.testing.assert_close(said.sectors, apart[0].sectors)
+    columns = ([0, 2], [2, 0])  # of ball and tree
+    expected = [judge.name_kinds(part.embeddings).log_softmax(1)[:, rows]
+                for judge, part, rows in zip((first, second), apart, columns)]
+    torch.testing.assert_close(both.name_kinds(said.embeddings), sum(expected) / 2, atol=1e-4, rtol=1e-4)
+    fits = [part.embeddings @ judge.embed_text(["a red cube"])[0] for judge, part in zip((first, second), apart)]
+    torch.testing.assert_close(said.embeddings @ both.embed_text(["a red cube"])[0], sum(fits) / 2)
+    verdict = both.object_and_color(painted_cube, "ball", "red")
+    assert verdict.object_rank in (1, 2) and verdict.color_rank in (1, 2)
+    with pytest.raises(ValueError, match="'cube'"):  # the second has never heard of cubes
+        both.object_and_color(painted_cube, "cube")
+    with pytest.raises(ValueError, match="got none"):
+        Judges([])
 
 
 # -- sides and fronts --------------------------------------------------------------------------------------------------
@@ -286,13 +344,13 @@ def test_batches_draw_the_words_and_mirrored_sectors_of_their_views(renders, tmp
     batches = JudgeBatches(rings, ["ball", "cube"], ["red"], texts, batch_size=64)
     batch, again = batches(3), batches(3)
     assert torch.equal(batch.pictures, again.pictures) and batch.pictures.shape == (64, 4, 128, 128)
-    assert set(batch.sectors.tolist()) == {0, 2, 4, 6} and set(batch.kinds.tolist()) == {0, 1}
-    assert set(batch.colors.tolist()) == {0, NOTHING}
-    unpainted = batch.colors == 0
-    for form, rows in batch.texts.items():
+    assert set(batch.labels.sectors.tolist()) == {0, 2, 4, 6} and set(batch.labels.kinds.tolist()) == {0, 1}
+    assert set(batch.labels.colors.tolist()) == {0, NOTHING}
+    unpainted = batch.labels.colors == 0
+    for form, rows in batch.labels.texts.items():
         assert bool((rows[unpainted] != NOTHING).all()), form
         named = [texts[i] for i in rows[rows != NOTHING]]
-        expected = [("ball", "cube")[i] for i in batch.kinds[rows != NOTHING]]
+        expected = [("ball", "cube")[i] for i in batch.labels.kinds[rows != NOTHING]]
         assert all(kind in text for kind, text in zip(expected, named)), form
 
 
@@ -335,6 +393,21 @@ def test_a_judge_learns_to_tell_sides():
         loss.backward()
         optimizer.step()
     assert float((tiny(pictures).sectors.argmax(1) == sectors).float().mean()) >= 0.75
+
+
+def test_a_training_takes_the_backbone_as_it_is(command, tmp_path):
+    torch.manual_seed(1)
+    weights = EfficientNetLite("tf_efficientnet_lite0").state_dict()
+    folder = tmp_path / "lite"
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architecture": "tf_efficientnet_lite0"}))
+    main([*command, "--run", str(tmp_path / "run"), "--steps", "1", "--backbone", str(folder),
+          "--seen-views", "8"])
+    loaded = load_judge(checkpoints(tmp_path / "run")[-1] / "judge")
+    assert loaded.config.backbone == "tf_efficientnet_lite0"
+    for name, value in loaded.trunk.state_dict().items():
+        torch.testing.assert_close(value, weights[name].half().float() if value.is_floating_point() else weights[name])
 
 
 def test_a_training_can_start_from_another_judge(command, finished, tmp_path):
