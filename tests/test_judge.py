@@ -354,6 +354,16 @@ def test_batches_draw_the_words_and_mirrored_sectors_of_their_views(renders, tmp
         assert all(kind in text for kind, text in zip(expected, named)), form
 
 
+def test_plain_views_are_at_most_mirrored_unless_their_colours_were_swapped(renders, tmp_path):
+    rings = small_rings(list_rings(renders[0]), tmp_path)
+    texts = sorted({t for r in rings for form in text_forms(r.ring).values() for t in form})
+    batch = JudgeBatches(rings, ["ball", "cube"], ["red"], texts, batch_size=32, plain=1.0)(0)
+    originals = torch.cat([r.pictures() for r in rings])
+    either = torch.cat([originals, originals.flip(-1)]).flatten(1)
+    plain = torch.stack([(either - seen).abs().amax(1).amin() == 0 for seen in batch.pictures.flatten(1)])
+    assert bool(plain[batch.labels.colors == 0].all()) and 20 <= int(plain.sum()) < 32
+
+
 def test_a_ring_is_judged_as_its_pictures_are(judge, renders, tmp_path):
     small = small_rings(list_rings(renders[0]), tmp_path)[0]
     ring, said = judge_rings(judge, [small])[0], judge.judge_pictures(small.pictures())
