@@ -50,6 +50,11 @@ def test_widths_are_multiples_of_eight_that_lose_less_than_a_tenth():
         EfficientNetLite("resnet50")
 
 
+def test_what_is_neither_a_folder_nor_a_hub_id_is_named(tmp_path):
+    with pytest.raises(ValueError, match="backbone must be a folder.*no/such/folder'"):
+        load_efficientnet_lite(str(tmp_path / "no/such/folder"))
+
+
 def test_weights_come_from_a_folder_without_the_classifier(trunk, tmp_path):
     save_file(trunk.state_dict() | {"classifier.weight": torch.zeros(1000, 1280)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="config.json"):

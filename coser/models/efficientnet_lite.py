@@ -118,7 +118,10 @@ def load_efficientnet_lite(source: str) -> tuple[str, dict[str, Tensor]]:
     """
     folder = Path(source)
     if not folder.is_dir():
-        folder = Path(snapshot_download(source, allow_patterns=list(FILES)))
+        try:
+            folder = Path(snapshot_download(source, allow_patterns=list(FILES)))
+        except (OSError, ValueError) as error:  # the hub's own say at length what was tried
+            raise ValueError(f"backbone must be a folder, or a hub id that can be reached, got {source!r}") from error
     if missing := [name for name in FILES if not (folder / name).is_file()]:
         raise ValueError(f"{source} must hold {' and '.join(FILES)}, got none of the name {missing[0]}")
     name = json.loads((folder / FILES[0]).read_text()).get("architecture")
