@@ -25,8 +25,9 @@ from coser.data.render import load_ring, save_ring
 from coser.devices import add_dtype_option, dtype_asked_for
 from coser.epipolar import tsed
 from coser.evaluate_prompts import SMALL, add_symmetry_option, contact_sheet, sheet_row, symmetries_asked_for
-from coser.judge import Asked, is_janus, load_judges, nearest_distances, ring_embedding
+from coser.judge import Asked, is_janus, nearest_distances, ring_embedding
 from coser.judge_halves import are_apart, guesses_of_halves, share_apart
+from coser.judges import load_judges
 from coser.metrics import psnr, render_mesh, sharpness, silhouette_iou
 from coser.pipeline import CoSERPipeline
 from coser.quality_table import markdown, summarise

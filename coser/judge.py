@@ -13,7 +13,6 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -276,59 +275,6 @@ class ViewJudge(Asked, ModelMixin, ConfigMixin):
         return Judgement(torch.cat(embeddings), torch.cat(sectors))
 
 
-class Judges(Asked):
-    """Several judges asked as one: the mean of what they say of the words that all of them know.
-
-    Judges that see in different ways err about different things: one with a trunk of its own and one with a backbone
-    named 70 and 73 % of the objects of 84 held-out rings first, both together 79 %. Sides are told by the first alone,
-    whose rule for Janus rings is its own. Their embeddings lie end to end.
-    """
-
-    def __init__(self, judges: list[ViewJudge]):
-        if not judges:
-            raise ValueError("judges must be at least one, got none")
-        self.judges = judges
-        first = judges[0].config
-        known = {name: tuple(word for word in first[name] if all(word in j.config[name] for j in judges))
-                 for name in ("kinds", "colors")}
-        self.config = SimpleNamespace(**known, **{name: first[name] for name in (
-            "fronted_kinds", "janus_floor", "janus_ratio")})
-
-    @property
-    def device(self) -> torch.device:
-        return self.judges[0].device
-
-    @property
-    def fingerprint(self) -> bytes:
-        """What tells these judges from others."""
-        return b"".join(judge.fingerprint for judge in self.judges)
-
-    def judge_pictures(self, pictures: Tensor) -> Judgement:
-        said = [judge.judge_pictures(pictures) for judge in self.judges]
-        return Judgement(self._joined([s.embeddings for s in said]), said[0].sectors)
-
-    def embed_text(self, texts: list[str]) -> Tensor:
-        return self._joined([judge.embed_text(texts) for judge in self.judges])
-
-    def name_kinds(self, embeddings: Tensor) -> Tensor:
-        return self._mean_scores(embeddings, "kinds")
-
-    def name_colors(self, embeddings: Tensor) -> Tensor:
-        return self._mean_scores(embeddings, "colors")
-
-    def _joined(self, embeddings: list[Tensor]) -> Tensor:
-        return torch.cat(embeddings, -1) / math.sqrt(len(self.judges))  # of length 1 again; cosines are means
-
-    def _mean_scores(self, embeddings: Tensor, name: str) -> Tensor:
-        parts = embeddings.split([judge.config.embedding_dim for judge in self.judges], -1)
-        scores = []
-        for judge, part in zip(self.judges, parts):
-            ask = judge.name_kinds if name == "kinds" else judge.name_colors
-            columns = [judge.config[name].index(word) for word in getattr(self.config, name)]
-            scores.append(ask(F.normalize(part, dim=-1)).log_softmax(-1)[:, columns])
-        return torch.stack(scores).mean(0)
-
-
 def _rank(scores: Tensor, words: tuple[str, ...], word: str) -> int:
     return 1 + int((scores > scores[list(words).index(word)]).sum())
 
@@ -341,12 +287,6 @@ def first_guesses(scores: Tensor, words: tuple[str, ...]) -> tuple[str, ...]:
 def load_judge(folder: str | Path, dtype: torch.dtype = torch.float32) -> ViewJudge:
     """The judge saved in `folder`, ready to ask; nothing is looked up on the network."""
     return ViewJudge.from_pretrained(folder, torch_dtype=dtype, local_files_only=True).eval()
-
-
-def load_judges(folders: list[Path], dtype: torch.dtype = torch.float32) -> ViewJudge | Judges:
-    """The judge of one folder, or those of several as one."""
-    judges = [load_judge(folder, dtype) for folder in folders]
-    return judges[0] if len(judges) == 1 else Judges(judges)
 
 
 def angular_distance(a: Tensor, b: Tensor) -> Tensor:

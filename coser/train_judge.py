@@ -181,15 +181,15 @@ class SeenViews:
     @torch.no_grad()
     def __init__(self, judge: ViewJudge, batches: JudgeBatches, count: int):
         upcoming, parts, labels = Prefetched(batches), [], []
-        while sum(len(seen) for seen, _ in parts) < count:
-            batch = upcoming(len(parts))
-            parts.append(tuple(t.half().cpu() for t in judge.look(batch.pictures)))
+        for step in range(math.ceil(count / batches.batch_size)):
+            batch = upcoming(step)
+            parts.append([t.half().cpu() for t in judge.look(batch.pictures)])
             labels.append(batch.labels)
         self.seen, self.places = (torch.cat(tensors) for tensors in zip(*parts))
-        self.labels, self.seed = Labels.cat(labels), batches.seed
+        self.labels, self.batch_size, self.seed = Labels.cat(labels), batches.batch_size, batches.seed
 
-    def __call__(self, step: int, batch_size: int) -> tuple[Tensor, Tensor, Labels]:
-        rows = torch.randint(len(self.seen), (batch_size,), generator=step_generator(self.seed, step))
+    def __call__(self, step: int) -> tuple[Tensor, Tensor, Labels]:
+        rows = torch.randint(len(self.seen), (self.batch_size,), generator=step_generator(self.seed, step))
         return self.seen[rows], self.places[rows], self.labels[rows]
 
 
@@ -309,8 +309,8 @@ def run(options: argparse.Namespace, loop: Options) -> None:
     judge = judge.to(options.device, getattr(torch, options.dtype), memory_format=torch.channels_last)
     lr = learning_rate(preset, options.muon, options.lr)
     optimizer = MasterOptimizer(judge, lr=lr, ema_decay=EMA, use_muon=options.muon)
-    batch_size = options.batch_size or preset["batch_size"]
-    batches = JudgeBatches(rings, kinds, colors, texts, batch_size, options.seed, PLAIN if options.backbone else 0.0)
+    batches = JudgeBatches(rings, kinds, colors, texts, options.batch_size or preset["batch_size"], options.seed,
+                           PLAIN if backbone else 0.0)
     print(f"judge: {sum(p.numel() for p in judge.parameters()) / 1e6:.2f} M parameters, {options.dtype} on "
           f"{options.device}, {len(rings)} training rings, {len(aside)} kept aside and "
           f"{len(kept['held_out'])} held out, {len(kinds)} kinds, "
@@ -320,7 +320,7 @@ def run(options: argparse.Namespace, loop: Options) -> None:
         bank = SeenViews(judge, batches, options.seen_views)
 
         def loss_of_step(step: int) -> tuple[Tensor, dict]:
-            seen, places, labels = bank(step, batch_size)
+            seen, places, labels = bank(step)
             said = judge.say(seen.to(judge.device, judge.dtype), places.to(judge.device, judge.dtype))
             return judge_loss(judge, said, labels, states)
     else:

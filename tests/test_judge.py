@@ -12,10 +12,11 @@ from solids import cube, table
 from coser.cameras import Cameras
 from coser.data.assets import with_article
 from coser.data.dataset import Ring, list_rings
-from coser.judge import (Judgement, Judges, ViewJudge, azimuth_to_sector, color_histogram, is_janus, load_judge,
+from coser.judge import (Judgement, ViewJudge, azimuth_to_sector, color_histogram, is_janus, load_judge,
                          nearest_distances, ring_embedding, views_to_pictures)
 from coser.judge_figures import (JudgedRing, SmallRing, fit_janus_rule, fronted_kinds, is_front_told, janus_figures,
                                  judge_rings, small_rings)
+from coser.judges import Judges
 from coser.models.efficientnet_lite import EfficientNetLite
 from coser.rasterizer import render
 from coser.train import main

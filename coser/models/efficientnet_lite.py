@@ -49,27 +49,34 @@ class SamePad(nn.Conv2d):
         return super().forward(F.pad(x, pads) if any(pads) else x)
 
 
+class DepthwiseSeparable(nn.Module):
+    """Looks around channel by channel, and mixes them (Howard et al. 2017, figure 2)."""
+
+    def __init__(self, channels: int, out: int, kernel: int, stride: int):
+        super().__init__()
+        self.adds = channels == out and stride == 1
+        self.conv_dw, self.bn1 = SamePad(channels, channels, kernel, stride, channels), norm(channels)
+        self.conv_pw, self.bn2 = SamePad(channels, out), norm(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv_pw(F.relu6(self.bn1(self.conv_dw(x)))))
+        return x + out if self.adds else out
+
+
 class InvertedResidual(nn.Module):
     """Widens, looks around channel by channel, and narrows again (Sandler et al. 2018, figure 3)."""
 
     def __init__(self, channels: int, out: int, expansion: int, kernel: int, stride: int):
         super().__init__()
         wide = channels * expansion
-        self.expands, self.adds = expansion > 1, channels == out and stride == 1
-        if self.expands:
-            self.conv_pw, self.bn1 = SamePad(channels, wide), norm(wide)
-            self.conv_dw, self.bn2 = SamePad(wide, wide, kernel, stride, wide), norm(wide)
-            self.conv_pwl, self.bn3 = SamePad(wide, out), norm(out)
-        else:
-            self.conv_dw, self.bn1 = SamePad(wide, wide, kernel, stride, wide), norm(wide)
-            self.conv_pw, self.bn2 = SamePad(wide, out), norm(out)
+        self.adds = channels == out and stride == 1
+        self.conv_pw, self.bn1 = SamePad(channels, wide), norm(wide)
+        self.conv_dw, self.bn2 = SamePad(wide, wide, kernel, stride, wide), norm(wide)
+        self.conv_pwl, self.bn3 = SamePad(wide, out), norm(out)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.expands:
-            wide = F.relu6(self.bn1(self.conv_pw(x)))
-            out = self.bn3(self.conv_pwl(F.relu6(self.bn2(self.conv_dw(wide)))))
-        else:
-            out = self.bn2(self.conv_pw(F.relu6(self.bn1(self.conv_dw(x)))))
+        wide = F.relu6(self.bn1(self.conv_pw(x)))
+        out = self.bn3(self.conv_pwl(F.relu6(self.bn2(self.conv_dw(wide)))))
         return x + out if self.adds else out
 
 
@@ -95,7 +102,9 @@ class EfficientNetLite(nn.Module):
             out = rounded(out * width)
             blocks = []
             for b in range(count if i in (0, len(STAGES) - 1) else math.ceil(count * depth)):
-                blocks.append(InvertedResidual(channels, out, expansion, kernel, 1 if b else stride))
+                step = 1 if b else stride
+                blocks.append(DepthwiseSeparable(channels, out, kernel, step) if expansion == 1
+                              else InvertedResidual(channels, out, expansion, kernel, step))
                 channels = out
             stages.append(nn.Sequential(*blocks))
         self.blocks = nn.Sequential(*stages)
