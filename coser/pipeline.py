@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -58,19 +57,14 @@ class CoSERPipeline(DiffusionPipeline):
     """Text to multi-view diffusion (CoSER, section 3), in diffusers' form.
 
     vae: views <-> latents. text_encoder, tokenizer: prompt -> token states. unet: the multi-view denoiser. scheduler:
-    any of diffusers' whose prediction type is the one that the UNet was trained for. noise_scale: what starting noise is
-    multiplied by, above 0, kept with the checkpoint. A little more than it was trained on makes up for what
-    estimates, being means, lose on the way (docs/training.md, "Starting from more noise").
+    any of diffusers' whose prediction type is the one that the UNet was trained for.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
 
     def __init__(self, vae: ViewAutoencoder, text_encoder: SentenceTextEncoder, tokenizer, unet: MultiviewUNet,
-                 scheduler, noise_scale: float = 1.0):
+                 scheduler):
         super().__init__()
-        if isinstance(noise_scale, bool) or not isinstance(noise_scale, (int, float)) or not 0 < noise_scale < math.inf:
-            raise ValueError(f"noise_scale must be a number above 0, got {noise_scale!r}")
-        self.register_to_config(noise_scale=noise_scale)
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
 
     @torch.no_grad()
@@ -90,7 +84,7 @@ class CoSERPipeline(DiffusionPipeline):
 
     def prepare_latents(self, num_views: int, generator: torch.Generator | None = None,
                         latents: Tensor | None = None) -> Tensor:
-        """The starting noise [N,C,h,w] in float32, from `generator` or as given, at the scale that runs start from."""
+        """The starting noise [N,C,h,w] in float32, from `generator` or as given."""
         size = self.unet.unet2d.config.sample_size
         shape = (num_views, self.unet.unet2d.config.in_channels, size, size)
         if latents is None:
@@ -98,7 +92,7 @@ class CoSERPipeline(DiffusionPipeline):
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents must be {list(shape)}, got {list(latents.shape)}")
         latents = latents.to(self._execution_device, torch.float32)
-        return latents * self.config.noise_scale * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow has none
+        return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow schedulers have none
 
     @torch.no_grad()
     def stream(self, prompt: str, *, num_views: int = 12, elevation: float = ELEVATION, guidance_scale: float = 4.0,

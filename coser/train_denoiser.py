@@ -325,5 +325,5 @@ def start_from(unet: MultiviewUNet, folder: Path) -> None:
 def save_pipeline(pipeline: CoSERPipeline, vae: ViewAutoencoder, unet: MultiviewUNet, folder: Path) -> None:
     """Writes the pipeline with `vae` and `unet` in the place of its own, in their dtype, as safetensors."""
     copied = CoSERPipeline(vae=vae, text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer, unet=unet,
-                           scheduler=pipeline.scheduler, noise_scale=pipeline.config.noise_scale)
+                           scheduler=pipeline.scheduler)
     copied.save_pretrained(folder)

@@ -1,7 +1,5 @@
 """The pipeline: what a seed, an argument or another scheduler changes, and what it must not change."""
 
-import re
-
 import pytest
 import torch
 from diffusers import (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler,
@@ -14,7 +12,6 @@ from coser.consistency import fused_views
 from coser.models.block import MIXERS
 from coser.pipeline import CoSERPipeline, fused_steps
 from coser.rasterizer import render
-from coser.train_denoiser import save_pipeline
 from coser.views import ViewSet
 
 PROMPT = "a red barrel"
@@ -48,23 +45,6 @@ def test_same_seed_same_views_and_another_seed_others(pipeline):
     first, again, other = draw(pipeline, 3), draw(pipeline, 3), draw(pipeline, 4)
     assert torch.equal(first.views.views, again.views.views) and torch.equal(first.latents, again.latents)
     assert not torch.equal(first.latents, other.latents)
-
-
-def test_a_run_starts_from_noise_at_the_checkpoints_scale_which_is_kept_with_it(tmp_path):
-    plain, louder = tiny_pipeline(), tiny_pipeline()
-    louder.register_to_config(noise_scale=1.5)
-    noise = plain.prepare_latents(4, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(louder.prepare_latents(4, torch.Generator().manual_seed(0)), 1.5 * noise)
-    assert torch.equal(draw(louder).latents, draw(plain, latents=1.5 * noise).latents)
-    assert not torch.equal(draw(louder).latents, draw(plain).latents)
-    save_pipeline(louder, louder.vae, louder.unet, tmp_path)  # what trainings write
-    assert CoSERPipeline.from_pretrained(tmp_path).config.noise_scale == 1.5
-
-
-@pytest.mark.parametrize("scale", [0, -1.0, float("inf"), float("nan"), "1", True])
-def test_a_noise_scale_that_is_no_number_above_zero_is_refused(pipeline, scale):
-    with pytest.raises(ValueError, match=re.escape(f"noise_scale must be a number above 0, got {scale!r}")):
-        CoSERPipeline(**pipeline.components, noise_scale=scale)
 
 
 def test_last_streamed_step_equals_call(pipeline):
