@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -106,6 +107,12 @@ def geometry_figures(views: ViewSet, cameras: Cameras) -> tuple[dict[str, float]
     return figures | {f"tsed_{t:g}": float(s) for t, s in zip(curve.thresholds, curve.consistent)}, seen
 
 
+@functools.cache
+def composed_kinds() -> tuple[tuple[str, ...], ...]:
+    """The kinds of each of the held-out compositions."""
+    return tuple(question.kinds for question in load_questions(QUESTIONS, "compositions"))
+
+
 @torch.no_grad()
 def judge_figures(judge: Asked, reference: Tensor, ring: Ring, views: ViewSet,
                   cameras: Cameras) -> dict[str, float]:
@@ -127,7 +134,7 @@ def judge_figures(judge: Asked, reference: Tensor, ring: Ring, views: ViewSet,
             guesses = judge.verdict(said.embeddings, ring.kinds[0]).top_objects
             figures |= {f"kinds_in_{n}": float(set(ring.kinds) <= set(guesses[:n])) for n in (2, 5)}
             halves = guesses_of_halves(judge, views, cameras)
-            others = [q.kinds for q in load_questions(QUESTIONS, "compositions") if not set(q.kinds) & set(ring.kinds)]
+            others = [kinds for kinds in composed_kinds() if not set(kinds) & set(ring.kinds)]
             figures |= {"kinds_apart": float(are_apart(halves, ring.kinds)),
                         "others_apart": share_apart(halves, others)}
         return figures

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coser.data.assets import with_article
+from coser.data.assets import before_details, with_article
 from coser.data.scene_words import SIZES, metres, singular
 
 # What no training scene is made of, but people ask for; metres, the longest side
@@ -42,7 +42,6 @@ _LISTED = re.compile(rf",\s(?:and\s)?(?={_EACH})")
 _ATOP = re.compile(rf"^(?P<second>{_EACH}.+?)\swith\s(?P<first>{_EACH}.+?)\son (?:it|top|top of it)$")
 # Before "and" these begin what belongs to one object: "a knight with a sword and a shield"
 _BELONGING = re.compile(r"\b(?:with|of|in|holding|wearing|carrying|made|between)\b")
-_TAIL = re.compile(r"\b(?:with|of|in|that|which|made|for|holding|wearing|carrying)\b.*")  # says more about an object
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class SceneObject:
     @property
     def name(self) -> str:
         """Its noun with what describes it, without article: "brown barrel"."""
-        return _TAIL.sub("", self.prompt.split(" ", 1)[1]).strip()
+        return before_details(self.prompt.split(" ", 1)[1])
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def scene_plan(prompt: str) -> ScenePlan | None:
 def _scene_object(text: str) -> SceneObject | None:
     """"two brown crates" => a brown crate, twice."""
     number, _, noun = text.partition(" ")
-    head = _TAIL.sub("", noun).strip()
+    head = before_details(noun)
     if number not in NUMBERS or not re.search(r"[^\W\d_]", head):  # "two of them" names nothing
         return None
     count = NUMBERS[number]

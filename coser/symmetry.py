@@ -20,10 +20,11 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from coser.data.assets import before_details
+
 FILE, MIRROR = "symmetries.json", "symmetries.safetensors"
 # Alike from the left and the right; from the front and the back; from four sides, a quarter turn apart; from all sides
 SYMMETRIES = ("mirror", "back", "quarter", "round")
-WITH = re.compile(r"\b(?:with|of|in|that|which|made|for)\b|[,.;:]")  # what ends the noun that a prompt is about
 SEVERAL = re.compile(r"\b(?:on|beside|next to|behind|between|under|near|in front of|left of|right of)\b"
                      r"|\band (?:an?|the|one|two|three|four|some)\b")
 
@@ -44,7 +45,7 @@ class Symmetries:
         """The usual symmetries of what a prompt asks for; none of several objects."""
         if SEVERAL.search(prompt.lower()):
             return ()
-        words = re.findall(r"[^\W\d_]+(?:[-'][^\W\d_]+)*", WITH.split(prompt.lower())[0])
+        words = re.findall(r"[^\W\d_]+(?:[-'][^\W\d_]+)*", before_details(prompt.lower()))
         if not words:
             return ()
         noun = words[-1]

@@ -12,6 +12,7 @@ after 4,500 steps (288,000) 61 %, and 72 % of 82 held-out ones.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import math
 import zlib
@@ -317,10 +318,10 @@ def run(options: argparse.Namespace, loop: Options) -> None:
           f"{len(colors)} colours, {len(texts)} texts", flush=True)
 
     if backbone:
-        bank = SeenViews(judge, batches, options.seen_views)
+        looked_at = functools.cache(lambda: SeenViews(judge, batches, options.seen_views))  # a finished run needs none
 
         def loss_of_step(step: int) -> tuple[Tensor, dict]:
-            seen, places, labels = bank(step)
+            seen, places, labels = looked_at()(step)
             said = judge.say(seen.to(judge.device, judge.dtype), places.to(judge.device, judge.dtype))
             return judge_loss(judge, said, labels, states)
     else:

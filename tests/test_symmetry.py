@@ -110,7 +110,8 @@ KNOWN = Symmetries({"": ("mirror",), "barrel": ("mirror", "round"), "pistol": ("
     ("a red barrel", ("mirror", "round")), ("A RED BARREL!", ("mirror", "round")), ("a red and white fish", ()),
     ("a barrel with two iron bands", ("mirror", "round")), ("a barrel of gunpowder", ("mirror", "round")),
     ("an old revolver", ("back",)), ("a dragon", ("mirror",)), ("a chest on a barrel", ()), ("two barrels", ()),
-    ("a chest and a barrel", ()), ("a black and gold chest", ("mirror",)), ("a pistol beside a chest", ()), ("!?", ())])
+    ("a chest and a barrel", ()), ("a black and gold chest", ("mirror",)), ("a pistol wearing a chest", ("back",)),
+    ("a pistol, silver", ("back",)), ("a pistol beside a chest", ()), ("!?", ())])
 def test_prompts_ask_for_what_their_kind_has_and_several_objects_for_nothing(prompt, found):
     assert KNOWN.of_prompt(prompt) == found
 

@@ -12,6 +12,7 @@ and material colours are linear and become so here.
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from torch import Tensor
 
 LOOSE_SUFFIXES = (".glb", ".gltf", ".obj")
 HELD_OUT_SHARE = 0.05  # of assets that come without a split
+DETAILS = re.compile(r"\b(?:with|of|in|that|which|made|for|holding|wearing|carrying)\b|[,.;:]")
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,11 @@ def last_word(asset: Any) -> str:
 def with_article(words: str) -> str:
     """"oak tree" => "an oak tree"."""
     return f"{'an' if words[0].lower() in 'aeiou' else 'a'} {words}"
+
+
+def before_details(words: str) -> str:
+    """What is named, before a preposition or a comma says more about it: "a red cat with a hat" => "a red cat"."""
+    return DETAILS.split(words, 1)[0].strip()
 
 
 def in_unit_sphere(vertices: np.ndarray) -> np.ndarray:
