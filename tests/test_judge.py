@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from solids import cube, table
 
+from coser import train_judge
 from coser.cameras import Cameras
 from coser.data.assets import with_article
 from coser.data.dataset import Ring, list_rings
@@ -406,19 +407,21 @@ def test_a_judge_learns_to_tell_sides():
     assert float((tiny(pictures).sectors.argmax(1) == sectors).float().mean()) >= 0.75
 
 
-def test_a_training_takes_the_backbone_as_it_is(command, tmp_path):
+def test_a_training_takes_the_backbone_as_it_is(command, tmp_path, monkeypatch):
     torch.manual_seed(1)
     weights = EfficientNetLite("tf_efficientnet_lite0").state_dict()
     folder = tmp_path / "lite"
     folder.mkdir()
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"architecture": "tf_efficientnet_lite0"}))
-    main([*command, "--run", str(tmp_path / "run"), "--steps", "1", "--backbone", str(folder),
-          "--seen-views", "8"])
+    seeing = [*command, "--run", str(tmp_path / "run"), "--steps", "1", "--backbone", str(folder), "--seen-views", "8"]
+    main(seeing)
     loaded = load_judge(checkpoints(tmp_path / "run")[-1] / "judge")
     assert loaded.config.backbone == "tf_efficientnet_lite0"
     for name, value in loaded.trunk.state_dict().items():
         torch.testing.assert_close(value, weights[name].half().float() if value.is_floating_point() else weights[name])
+    monkeypatch.setattr(train_judge, "SeenViews", lambda *_: pytest.fail("a finished run looks at views again"))
+    main(seeing)
 
 
 def test_a_training_can_start_from_another_judge(command, finished, tmp_path):
