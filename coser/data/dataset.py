@@ -67,10 +67,11 @@ class Ring:
 
     @property
     def short_captions(self) -> tuple[str, ...]:
-        """What people type: the first caption, and "a <colour> <object>" where both are known."""
+        """What people type: the first caption, and "a <colour> <object>" and "a <colour> <kind>" where both are known."""
         if not self.colors or not self.object:
             return self.captions[:1]
-        return self.captions[0], with_article(f"{self.colors[0]} {self.object}")
+        named = (with_article(f"{self.colors[0]} {name}") for name in (self.object, self.kind))
+        return tuple(dict.fromkeys((self.captions[0], *named)))
 
     @property
     def kind(self) -> str:
