@@ -71,6 +71,22 @@ def test_every_weight_takes_part(views):
     assert [n for n, p in vae.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+@torch.no_grad()
+def test_a_deeper_decoder_starts_as_the_shallower_one_it_was_given_and_no_block_is_lost(views):
+    torch.manual_seed(0)
+    shallow, deep = ViewAutoencoder(**TINY), ViewAutoencoder(**TINY | {"decoder_blocks": (1, 2, 3)})
+    for weight in shallow.parameters():
+        weight.normal_(0, 0.1)  # fresh blocks are silent in both
+    deep.load_shallower(shallow.state_dict(), (1, 1, 1))
+    channels = views_to_channels(views)
+    raw = shallow.encode(channels)
+    assert torch.equal(deep.encode(channels), raw)
+    assert torch.equal(deep.decode(raw), shallow.decode(raw))
+    assert torch.equal(deep.decode_preview(raw), shallow.decode_preview(raw))
+    with pytest.raises(ValueError, match=r"\(1, 2, 3\) residual blocks .* has \(1, 1, 1\)"):
+        shallow.load_shallower(deep.state_dict(), (1, 2, 3))
+
+
 def test_a_few_steps_on_one_view_bring_it_closer(views):
     vae = tiny_pipeline().vae.train()
     optimizer = torch.optim.Adam(vae.parameters(), lr=3e-3)

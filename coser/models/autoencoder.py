@@ -89,7 +89,7 @@ class ViewAutoencoder(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(self, latent_channels: int = 16, channels: tuple[int, ...] = (64, 128, 192),
-                 encoder_blocks: tuple[int, ...] = (1, 1, 2), decoder_blocks: tuple[int, ...] = (2, 3, 3),
+                 encoder_blocks: tuple[int, ...] = (1, 1, 2), decoder_blocks: tuple[int, ...] = (3, 4, 4),
                  latent_mean: tuple[float, ...] | None = None, latent_std: tuple[float, ...] | None = None):
         super().__init__()
         c4, c8, c16 = channels
@@ -111,6 +111,27 @@ class ViewAutoencoder(ModelMixin, ConfigMixin):
             nn.Conv2d(c8, patch_channels, 1), nn.PixelShuffle(PATCH))
         for name in ("mirror_weight", "mirror_bias"):  # of `set_mirror`; no part of the weights
             self.register_buffer(name, None, persistent=False)
+
+    def load_shallower(self, state: dict[str, Tensor], decoder_blocks: tuple[int, ...]) -> None:
+        """Takes the weights of an autoencoder whose decoder has at most as many blocks at each size, `decoder_blocks`.
+
+        What it lacks stays as it is: blocks, which follow those it has, are silent when fresh, so that views are decoded
+        as before. Raises ValueError where it has more.
+        """
+        if any(theirs > ours for theirs, ours in zip(decoder_blocks, self.config.decoder_blocks)):
+            raise ValueError(f"these weights are of a decoder with {tuple(decoder_blocks)} residual blocks at its sizes; "
+                             f"this one has {tuple(self.config.decoder_blocks)}, and none can be left out")
+        with torch.device("meta"):
+            theirs = list(ViewAutoencoder(**dict(self.config) | {"decoder_blocks": decoder_blocks}).decoder)
+        places = {}  # of their modules in this decoder
+        for place, module in enumerate(self.decoder):
+            if len(places) < len(theirs) and type(module) is type(theirs[len(places)]):
+                places[str(len(places))] = place
+        taken = {}
+        for key, value in state.items():
+            part, *rest = key.split(".")
+            taken[f"decoder.{places[rest[0]]}.{'.'.join(rest[1:])}" if part == "decoder" else key] = value
+        self.load_state_dict(taken, strict=False)
 
     def encode(self, channels: Tensor) -> Tensor:
         """[B,5,H,W] in [0,1], H and W multiples of 16 => raw latents [B,C,H/16,W/16] in the weights' dtype."""
