@@ -72,6 +72,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--view-counts", type=int, nargs="+", help="ring sizes drawn in training, else those of "
                         "the preset that divide the rendered rings")
     parser.add_argument("--min-kind-count", type=int, default=1, help="only kinds of objects with so many assets")
+    parser.add_argument("--elevations", type=float, nargs="+", metavar="DEGREES", help="only rings seen from these: the "
+                        "app draws at 20 unless told otherwise")
+    parser.add_argument("--balance", type=float, default=0.5, help="of kinds: 0 draws every ring as often as another, 1 "
+                        "every kind")
     parser.add_argument("--start", type=Path, help="pipeline folder whose UNet to start from instead of random weights")
     parser.add_argument("--encoded-only", action="store_true", help="train on the rings that have latents already")
     parser.add_argument("--mirror", action=argparse.BooleanOptionalAction, default=False,
@@ -185,8 +189,14 @@ def prepare(options: argparse.Namespace, pipeline: CoSERPipeline, until: float =
     rings = [r for r in rings if r.key in tensors]
     if not rings:
         raise ValueError(f"{cache} holds no latents of {options.renders} by {options.autoencoder} yet")
+    elevations = {r.key: float(tensors[f"{r.key}/elevation"]) for r in rings}
+    if options.elevations:
+        rings = [r for r in rings if any(abs(elevations[r.key] - asked) < 0.5 for asked in options.elevations)]
+        if not rings:
+            there = ", ".join(f"{e:g}" for e in sorted(set(elevations.values())))
+            raise ValueError(f"elevations must be among those of the rings, {there}, got {options.elevations}")
     latents = [tensors[r.key] for r in rings]
-    elevations = [float(tensors[f"{r.key}/elevation"]) for r in rings]
+    elevations = [elevations[r.key] for r in rings]
     texts = encode_captions(pipeline, captions_of(rings + held_out), cache)
     return TrainingData(rings, latents, elevations, held_out, *held_latents, texts)
 
@@ -209,7 +219,7 @@ def train(options: argparse.Namespace, loop: Options, peers: Peers) -> None:
         latents, texts = torch.stack(latents).to(options.device), texts.on(options.device)
     batches = LatentRings(rings, latents, data.elevations, options.seed, view_counts_of(options, len(latents[0])),
                           options.views_per_batch or preset["views_per_batch"], DROP_TEXT,
-                          depths_of(rings) if options.correspondence else None, peers.size)
+                          depths_of(rings) if options.correspondence else None, peers.size, options.balance)
     overheard = Overheard(unet) if options.correspondence or options.dispersion else None
     lr = learning_rate(preset, options.muon, options.lr)
     optimizer = MasterOptimizer(unet, lr=lr, ema_decay=options.ema, use_muon=options.muon, peers=peers)

@@ -115,6 +115,15 @@ def test_the_asked_share_of_captions_is_dropped():
     assert 0.2 < sum(c == "" for c in captions) / len(captions) < 0.3
 
 
+@pytest.mark.parametrize("balance, share", [(0, 1 / 6), (0.5, 1 / (1 + 5**0.5)), (1, 1 / 2)])
+def test_balance_says_how_often_a_rare_kind_is_drawn(balance, share):
+    rings, latents, _ = marked_latents()
+    rings[0] = Ring(None, "id0", "hat", ("a hat",), ())
+    batches = LatentRings(rings, latents, [20.0] * 6, 0, (4,), views_per_batch=48, drop_text=0.0, balance=balance)
+    captions = [c for step in range(150) for c in batches(step).captions]
+    assert captions.count("a hat") / len(captions) == pytest.approx(share, abs=0.03)
+
+
 def test_view_counts_must_divide_the_ring():
     with pytest.raises(ValueError, match=r"view_counts .*12.*\[5\]"):
         LatentRings(*marked_latents(), view_counts=(4, 5))

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from coser import train_loop
+from coser.data.assets import list_assets
+from coser.data.render import render_assets
 from coser.models.autoencoder import ViewAutoencoder
 from coser.models.block import MIXERS
 from coser.models.unet import MultiviewUNet
@@ -22,7 +24,7 @@ from coser.optimizer import MasterOptimizer
 from coser.pipeline import CoSERPipeline
 from coser.train import main
 from coser.train_loop import Budget, Options, checkpoints
-from tests.tiny import Killed, kill_at_step, lighten
+from tests.tiny import Killed, kill_at_step, lighten, write_packed_assets
 
 ROOT = Path(__file__).parent.parent
 
@@ -149,6 +151,16 @@ def test_a_finished_run_stays_as_it_is(options, finished):
 def test_data_on_the_device_trains_the_same(options, finished, tmp_path):
     main([*options["denoiser"], "--run", str(tmp_path / "run"), "--steps", "6", "--data-on-device"])
     assert_same_end(tmp_path / "run", finished("denoiser"))
+
+
+def test_a_denoiser_trains_on_the_elevations_that_are_asked_for(options, tmp_path, capsys):
+    render_assets(list_assets(write_packed_assets(tmp_path / "assets"), "train"), tmp_path / "renders", rings=2,
+                  num_views=4, size=256)
+    command = [*options["denoiser"], "--renders", str(tmp_path / "renders"), "--steps", "1", "--elevations"]
+    main([*command, "20", "--run", str(tmp_path / "run")])
+    assert ", 3 rings of 4 views" in capsys.readouterr().out  # of six: the second of each is seen from elsewhere
+    with pytest.raises(ValueError, match=r"elevations must be among those of the rings, .*20.*, got \[45.0\]"):
+        main([*command, "45", "--run", str(tmp_path / "other")])
 
 
 def test_muon_trains_otherwise_than_adamw_alone(options, finished, tmp_path):

@@ -216,11 +216,12 @@ class LatentRings:
     `drop_text` of them. latents: per ring [V,C,h,w]; rings of a batch come from one elevation. One tensor [R,V,C,h,w]
     in place of the list, such as one on a GPU, gives the same batches by one indexing each. depths: per ring [V,s,s],
     to go with the latents. multiple: what the number of samples is a multiple of, so that processes can share them.
+    balance: 0 draws every ring as often as another, 1 every kind; between, kinds by their rings to the power 1 - balance.
     """
 
     def __init__(self, rings: list[Ring], latents: list[Tensor] | Tensor, elevations: list[float], seed: int = 0,
                  view_counts: tuple[int, ...] = (4, 6, 8, 12), views_per_batch: int = 48, drop_text: float = 0.1,
-                 depths: list[Tensor] | None = None, multiple: int = 1):
+                 depths: list[Tensor] | None = None, multiple: int = 1, balance: float = 0.5):
         self.groups: dict[float, list[int]] = {}
         for i, elevation in enumerate(elevations):
             self.groups.setdefault(round(elevation, 3), []).append(i)
@@ -228,7 +229,7 @@ class LatentRings:
         # a hundred trees must not hide five hearts, nor scenes with barrels the barrels
         kinds = [(r.kind, bool(r.kinds)) for r in rings]
         counts = Counter(kinds)
-        self.weights = torch.tensor([counts[kind] ** -0.5 for kind in kinds])
+        self.weights = torch.tensor([counts[kind] ** -balance for kind in kinds], dtype=torch.float32)
         self.view_counts, self.views_per_batch, self.drop_text = view_counts, views_per_batch, drop_text
         self.ring_length = len(latents[0])
         bad = [n for n in view_counts if self.ring_length % n]
