@@ -15,8 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from coser import train_loop
-from coser.data.assets import list_assets
-from coser.data.render import render_assets
 from coser.models.autoencoder import ViewAutoencoder
 from coser.models.block import MIXERS
 from coser.models.unet import MultiviewUNet
@@ -24,7 +22,7 @@ from coser.optimizer import MasterOptimizer
 from coser.pipeline import CoSERPipeline
 from coser.train import main
 from coser.train_loop import Budget, Options, checkpoints
-from tests.tiny import Killed, kill_at_step, lighten, write_packed_assets
+from tests.tiny import Killed, kill_at_step, lighten, write_renders
 
 ROOT = Path(__file__).parent.parent
 
@@ -154,9 +152,8 @@ def test_data_on_the_device_trains_the_same(options, finished, tmp_path):
 
 
 def test_a_denoiser_trains_on_the_elevations_that_are_asked_for(options, tmp_path, capsys):
-    render_assets(list_assets(write_packed_assets(tmp_path / "assets"), "train"), tmp_path / "renders", rings=2,
-                  num_views=4, size=256)
-    command = [*options["denoiser"], "--renders", str(tmp_path / "renders"), "--steps", "1", "--elevations"]
+    renders, _ = write_renders(tmp_path, rings=2)
+    command = [*options["denoiser"], "--renders", str(renders), "--steps", "1", "--elevations"]
     main([*command, "20", "--run", str(tmp_path / "run")])
     assert ", 3 rings of 4 views" in capsys.readouterr().out  # of six: the second of each is seen from elsewhere
     with pytest.raises(ValueError, match=r"elevations must be among those of the rings, .*20.*, got \[45.0\]"):

@@ -92,9 +92,9 @@ def write_packed_assets(folder: Path) -> Path:
     return folder
 
 
-def write_renders(folder: Path, num_views: int = 4, size: int = 256) -> tuple[Path, Path]:
+def write_renders(folder: Path, num_views: int = 4, size: int = 256, rings: int = 1) -> tuple[Path, Path]:
     """Rendered rings of the packed solids: (folder to train on, folder of the held out)."""
     assets = write_packed_assets(folder / "assets")
     for split in ("train", "val"):
-        render_assets(list_assets(assets, split), folder / split, rings=1, num_views=num_views, size=size)
+        render_assets(list_assets(assets, split), folder / split, rings=rings, num_views=num_views, size=size)
     return folder / "train", folder / "val"
