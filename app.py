@@ -19,8 +19,9 @@ import gradio as gr
 from coser.examples import load_examples
 from coser.pipeline import ELEVATIONS, NUM_VIEWS
 from coser.reconstruction.exports import FORMATS
-from coser.request import (COLORING, CONSISTENCY, GUIDANCE_SCALE, LONGEST_SIDE, MAX_FACES, NUM_INFERENCE_STEPS, ORIGINS,
-                           SEED, SYMMETRY, TEXTURE_SIZES, AssetOptions, GenerationRequest)
+from coser.request import (COLORING, CONSISTENCY, GUIDANCE_RESCALE, GUIDANCE_SCALE, LONGEST_SIDE, MAX_FACES,
+                           NUM_INFERENCE_STEPS, ORIGINS, SEED, SYMMETRY, TEXTURE_SIZES, AssetOptions,
+                           GenerationRequest)
 from coser.scene_prompts import scene_plan
 from coser.sessions import KEPT_SECONDS
 from coser.studio import SMALL, Studio, log_to_terminal
@@ -87,7 +88,10 @@ def setting_inputs(mixers: tuple[str, ...]) -> list[gr.components.Component]:
                            label="Symmetry", info="sides that shall be alike", elem_id="symmetry")
     one_by_one = gr.Checkbox(DEFAULTS.one_by_one, label="Several objects one by one", elem_id="one-by-one",
                              info="then put together: a lantern on a barrel")
-    return [num_views, guidance_scale, steps, elevation, seed, randomize, consistency, modules, symmetry, one_by_one]
+    guidance_rescale = gr.Slider(*GUIDANCE_RESCALE, DEFAULTS.guidance_rescale, step=0.1, label="Guidance rescale",
+                                 info="true colours", elem_id="guidance-rescale")
+    return [num_views, guidance_scale, steps, elevation, seed, randomize, consistency, modules, symmetry, one_by_one,
+            guidance_rescale]
 
 
 def asset_inputs() -> list[gr.components.Component]:

@@ -88,7 +88,8 @@ def run(options: argparse.Namespace) -> None:
     scores: list[dict] = []
     rows: list[tuple[str, np.ndarray]] = []
     for score, step in evaluate_mixers(pipeline, prompts[:options.limit], options.seed, num_views=options.num_views,
-                                       num_inference_steps=options.steps, guidance_scale=options.guidance_scale):
+                                       num_inference_steps=options.steps, guidance_scale=options.guidance_scale,
+                                       guidance_rescale=options.guidance_rescale):
         scores.append(asdict(score))
         rows.append((f"{score.prompt}, off: {score.switched_off}", sheet_row(step.views, None)[:-2]))
         print(" ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{v:24}" for k, v in scores[-1].items()),

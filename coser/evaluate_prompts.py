@@ -20,7 +20,7 @@ from coser.cameras import Cameras
 from coser.consistency import CONSISTENCY, fused_views
 from coser.devices import add_dtype_option, dtype_asked_for
 from coser.metrics import psnr, render_mesh, sharpness, silhouette_iou
-from coser.pipeline import CoSERPipeline, MultiviewStep
+from coser.pipeline import GUIDANCE_RESCALE, CoSERPipeline, MultiviewStep
 from coser.reconstruction import QUICK, Mesh, reconstruct
 from coser.symmetry import Symmetries
 from coser.views import ViewSet, views_to_uint8
@@ -108,6 +108,7 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-views", type=int, default=12)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--guidance-rescale", type=float, default=GUIDANCE_RESCALE)
     parser.add_argument("--seed", type=int, default=0)
     add_dtype_option(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -141,7 +142,8 @@ def run(options: argparse.Namespace) -> None:
     scores, rows = [], []
     drawn = evaluate_prompts(pipeline, prompts, options.seed, num_views=options.num_views,
                              num_inference_steps=options.steps, guidance_scale=options.guidance_scale,
-                             consistency=options.consistency, fuse=fused_views,
+                             guidance_rescale=options.guidance_rescale, consistency=options.consistency,
+                             fuse=fused_views,
                              symmetries=symmetries_asked_for(options, pipeline))
     for score, result, mesh in drawn:
         scores.append(asdict(score))

@@ -30,7 +30,7 @@ from coser.judge import Asked, is_janus, nearest_distances, ring_embedding
 from coser.judge_halves import are_apart, guesses_of_halves, share_apart
 from coser.judges import load_judges
 from coser.metrics import psnr, render_mesh, sharpness, silhouette_iou
-from coser.pipeline import CoSERPipeline
+from coser.pipeline import GUIDANCE_RESCALE, CoSERPipeline
 from coser.quality_table import markdown, summarise
 from coser.questions import QUESTIONS, Question, is_name_of, load_questions, slug
 from coser.reconstruction import QUICK, reconstruct
@@ -265,6 +265,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-views", type=int, default=12)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--guidance-rescale", type=float, default=GUIDANCE_RESCALE)
     parser.add_argument("--consistency", type=float, default=CONSISTENCY)
     parser.add_argument("--seed", type=int, default=0)
     add_symmetry_option(parser)
@@ -282,7 +283,8 @@ def run(options: argparse.Namespace) -> None:
     sizes = None if options.in_one_go else LifeSizes(sentence_embedder(pipeline))
     drawn = draw_rings(pipeline, questions, options.out / "rings", options.seed, symmetries, sizes,
                        num_views=options.num_views, num_inference_steps=options.steps,
-                       guidance_scale=options.guidance_scale, consistency=options.consistency, fuse=fused_views)
+                       guidance_scale=options.guidance_scale, guidance_rescale=options.guidance_rescale,
+                       consistency=options.consistency, fuse=fused_views)
     if options.sheet:
         by_prompt = {ring.captions[0]: ring for ring in drawn}
         draw_sheet([by_prompt[q.prompt] for q in questions[:options.sheet_prompts]], options.sheet)

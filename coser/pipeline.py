@@ -23,6 +23,7 @@ MAX_TOKENS = 64  # longer prompts are cut: captions of training have at most hal
 ELEVATIONS = (0.0, 30.0)  # degrees, as trained
 # Of a run's steps. Fusing from a fifth on, too, made solids as if turned on a lathe: see docs/training.md
 FUSED_AT = (0.9, 0.95)
+GUIDANCE_RESCALE = 0.7  # as the app draws; what it gains is measured in docs/training.md
 # Of a run's steps: while noise is above .8 and the whole is decided. Later averages cost detail (docs/training.md)
 SYMMETRIC_UNTIL = 0.45
 
@@ -98,7 +99,7 @@ class CoSERPipeline(DiffusionPipeline):
     def stream(self, prompt: str, *, num_views: int = 12, elevation: float = ELEVATION, guidance_scale: float = 4.0,
                num_inference_steps: int = 20, negative_prompt: str = "", generator: torch.Generator | None = None,
                latents: Tensor | None = None, mixers: tuple[str, ...] | None = None,
-               symmetry: tuple[str, ...] = (), consistency: float = 0.0,
+               symmetry: tuple[str, ...] = (), guidance_rescale: float = 0.0, consistency: float = 0.0,
                fuse: Callable[[ViewSet, Cameras], ViewSet] | None = None) -> Iterator[MultiviewStep]:
         """Denoises a ring of views and yields every step; the last one carries the finished views.
 
@@ -106,13 +107,14 @@ class CoSERPipeline(DiffusionPipeline):
         num_inference_steps: >= 1. negative_prompt: what to move away from. generator: source of the starting noise.
         latents [N,C,h,w]: starting noise instead. mixers: the active subset of the UNet's. symmetry: what the object is
         pulled to, some of SYMMETRIES; estimates are averaged over those that a ring of num_views has (of an odd one no
-        view shows the back of another) in the first SYMMETRIC_UNTIL of the steps. consistency: 0..1; at some
-        steps this share of the estimate is replaced by what `fuse` makes of its views: the views of one object, such as
-        `coser.consistency.fused_views` (3D-aware denoising, as in VideoMV, Zuo et al. 2024). Raises
-        ValueError, when first read, for anything else.
+        view shows the back of another) in the first SYMMETRIC_UNTIL of the steps. guidance_rescale: 0..1, how much of
+        what guidance does to an estimate's brightness and contrast is taken back (see `rescaled`). consistency: 0..1;
+        at some steps this share of the estimate is replaced by what `fuse` makes of its views: the views of one object,
+        such as `coser.consistency.fused_views` (3D-aware denoising, as in VideoMV, Zuo et al. 2024). Raises ValueError,
+        when first read, for anything else.
         """
         check_arguments(prompt, num_views, elevation, guidance_scale, num_inference_steps, negative_prompt, consistency,
-                        symmetry)
+                        symmetry, guidance_rescale)
         if consistency > 0 and fuse is None:
             raise ValueError(f"fuse must be a function where consistency is above 0, got None and {consistency}")
         guided = guidance_scale > 1
@@ -126,8 +128,13 @@ class CoSERPipeline(DiffusionPipeline):
         fused = fused_steps(len(timesteps))
         group, averaged = ring_symmetries(symmetry, num_views), round(SYMMETRIC_UNTIL * len(timesteps))
         for i, timestep in enumerate(timesteps):
-            prediction = self._predict(latents, timestep, embeds, cameras, guidance_scale, mixers)
+            predictions = self._predict(latents, timestep, embeds, cameras, mixers)
+            prediction = torch.lerp(predictions[0], predictions[-1], guidance_scale)
             denoised = self._denoised(prediction, latents, timestep, i)
+            if guided and guidance_rescale > 0:
+                prompted = self._denoised(predictions[-1], latents, timestep, i)
+                denoised = torch.lerp(denoised, rescaled(denoised, prompted), guidance_rescale)
+                prediction = self._prediction_for(denoised, latents, timestep, i)
             if len(group) > 1 and i < averaged:
                 denoised = self._symmetric(denoised, group)
                 prediction = self._prediction_for(denoised, latents, timestep, i)
@@ -146,14 +153,13 @@ class CoSERPipeline(DiffusionPipeline):
             pass
         return step
 
-    def _predict(self, latents: Tensor, timestep: Tensor, embeds: PromptEmbeds, cameras: Cameras, guidance_scale: float,
+    def _predict(self, latents: Tensor, timestep: Tensor, embeds: PromptEmbeds, cameras: Cameras,
                  mixers: tuple[str, ...] | None) -> Tensor:
-        """The guided prediction for all views, [N,C,h,w] in float32; text-free and prompted halves go as one batch."""
+        """The predictions for all views with each of B texts, as one batch: [B,N,C,h,w] in float32."""
         batch = len(embeds.states)
         scaled = self._scaled(latents, timestep).to(self.unet.dtype)
-        prediction = self.unet(scaled.expand(batch, *scaled.shape), timestep.expand(batch), embeds.states, cameras,
-                               pooled=embeds.pooled, attention_mask=embeds.mask, mixers=mixers).float()
-        return prediction[0] if batch == 1 else torch.lerp(prediction[0], prediction[1], guidance_scale)
+        return self.unet(scaled.expand(batch, *scaled.shape), timestep.expand(batch), embeds.states, cameras,
+                         pooled=embeds.pooled, attention_mask=embeds.mask, mixers=mixers).float()
 
     def _scaled(self, latents: Tensor, timestep: Tensor) -> Tensor:
         """The latents as the UNet knows them; flow schedulers have nothing to scale."""
@@ -204,6 +210,18 @@ class CoSERPipeline(DiffusionPipeline):
         return torch.lerp(denoised, self.vae.views_to_latents(fused), share)
 
 
+def rescaled(guided: Tensor, prompted: Tensor) -> Tensor:
+    """A guided estimate of clean latents with each channel's mean and spread those of the prompted one, [N,C,h,w].
+
+    Guidance moves the ring's mean colour away from that of all objects as well, and each step goes on from there: what
+    was asked for in brown came out orange. Rescaling of Lin et al. 2024 (section 3.4) takes back the spread, of all
+    channels at once; here means come back as well, and each channel's by itself, over all views of the one object.
+    """
+    over = (0, 2, 3)
+    spread, wanted = (t.std(over, keepdim=True).clamp_min(1e-6) for t in (guided, prompted))
+    return (guided - guided.mean(over, keepdim=True)) / spread * wanted + prompted.mean(over, keepdim=True)
+
+
 def fused_steps(total: int) -> set[int]:
     """Indices of the steps, of `total`, at which views are fused: those of FUSED_AT, which are the last two of 20.
 
@@ -214,7 +232,8 @@ def fused_steps(total: int) -> set[int]:
 
 
 def check_arguments(prompt: str, num_views: int, elevation: float, guidance_scale: float, num_inference_steps: int,
-                    negative_prompt: str, consistency: float = 0.0, symmetry: tuple[str, ...] = ()) -> None:
+                    negative_prompt: str, consistency: float = 0.0, symmetry: tuple[str, ...] = (),
+                    guidance_rescale: float = 0.0) -> None:
     """Raises ValueError naming argument, value and what is allowed, for the first argument that is wrong."""
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         if not isinstance(text, str):
@@ -224,7 +243,7 @@ def check_arguments(prompt: str, num_views: int, elevation: float, guidance_scal
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
     numbers = (("elevation", elevation, *ELEVATIONS), ("guidance_scale", guidance_scale, 1.0, 100.0),
-               ("consistency", consistency, 0.0, 1.0))
+               ("consistency", consistency, 0.0, 1.0), ("guidance_rescale", guidance_rescale, 0.0, 1.0))
     for name, value, low, high in numbers:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             raise ValueError(f"{name} must be a number from {low} to {high}, got {value!r}")

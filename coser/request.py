@@ -10,11 +10,13 @@ from coser.cameras import ELEVATION
 from coser.consistency import CONSISTENCY as DEFAULT_CONSISTENCY
 from coser.models.block import BASELINES, MIXERS
 from coser.pipeline import ELEVATIONS, NUM_VIEWS
+from coser.pipeline import GUIDANCE_RESCALE as DEFAULT_GUIDANCE_RESCALE
 
 PROMPT_LENGTH = (1, 300)  # characters; the pipeline reads the first 64 tokens, so hardly a word of these is lost
 GUIDANCE_SCALE = (1.0, 12.0)
 NUM_INFERENCE_STEPS = (1, 50)
 SEED = (0, 2**31 - 1)
+GUIDANCE_RESCALE = (0.0, 1.0)
 CONSISTENCY = (0.0, 1.0)
 MAX_FACES = (500, 200_000)
 TEXTURE_SIZES = (512, 1024, 2048, 4096)  # pixels a side
@@ -31,6 +33,7 @@ class GenerationRequest:
     """What a visitor asks for, checked on construction: ValueError names the field, its value and what is allowed.
 
     prompt: 1 to 300 characters after trimming. num_views: 4 to 24, a closed ring. guidance_scale: 1 to 12.
+    guidance_rescale: 0 to 1, how much of what guidance does to brightness and contrast is taken back.
     num_inference_steps: 1 to 50. elevation: 0 to 30 degrees. seed: 0 to 2**31 - 1; with `randomize_seed` it is drawn
     anew and the drawn one is reported back. consistency: 0 to 1, how much of the views is replaced by the object
     that they make together, at some steps. negative_prompt: at most 300 characters. mixers: the modules between views
@@ -53,6 +56,7 @@ class GenerationRequest:
     mixers: tuple[str, ...] | None = None
     symmetry: str = "none"
     one_by_one: bool = True
+    guidance_rescale: float = DEFAULT_GUIDANCE_RESCALE
 
     def __post_init__(self):
         checked = {
@@ -65,6 +69,7 @@ class GenerationRequest:
             "consistency": _number("consistency", self.consistency, *CONSISTENCY),
             "negative_prompt": _text("negative_prompt", self.negative_prompt, 0, PROMPT_LENGTH[1]),
             "mixers": None if self.mixers is None else _some_of("mixers", self.mixers, MODULES),
+            "guidance_rescale": _number("guidance_rescale", self.guidance_rescale, *GUIDANCE_RESCALE),
             "symmetry": _one_of("symmetry", self.symmetry, tuple(SYMMETRY)),
         }
         for name in ("randomize_seed", "one_by_one"):

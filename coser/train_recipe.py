@@ -37,7 +37,7 @@ from coser.data.dataset import Ring, held_out_views, list_rings
 from coser.devices import add_dtype_option
 from coser.evaluate_prompts import evaluate_prompts
 from coser.latents import same_weights, weights_hash
-from coser.pipeline import CoSERPipeline
+from coser.pipeline import GUIDANCE_RESCALE, CoSERPipeline
 from coser.recipe_record import Record, training_figures
 from coser.recipe_renders import RecipeRenders
 from coser.shards import TRAINING_STATE, read_shards, write_shards
@@ -60,7 +60,8 @@ GPU_ARGUMENTS = {"autoencoder": "--batch-size 128 --data-on-device --compile",
                  "denoiser": "--views-per-batch 1536 --data-on-device --compile"}
 PROMPT_SECONDS = {"cpu": 60.0, "cuda": 15.0}  # the first prompt is drawn only where so many are left
 PROMPTS = Path(__file__).parent.parent / "examples" / "prompts.txt"
-DRAWING = dict(num_views=12, num_inference_steps=20, guidance_scale=4.0, consistency=CONSISTENCY, fuse=fused_views)
+DRAWING = dict(num_views=12, num_inference_steps=20, guidance_scale=4.0, guidance_rescale=GUIDANCE_RESCALE,
+               consistency=CONSISTENCY, fuse=fused_views)
 
 Parse = Callable[[list[str]], tuple[argparse.Namespace, Options]]
 

@@ -66,7 +66,8 @@ def test_a_prompt_alone_is_enough_for_the_api(client):
     parameters = client.view_api(return_format="dict")["named_endpoints"]["/generate"]["parameters"]
     assert [p["parameter_name"] for p in parameters] == [
         "prompt", "num_views", "guidance_scale", "num_inference_steps", "elevation", "seed", "randomize_seed",
-        "consistency", "mixers", "symmetry", "one_by_one", *ASSET, "coloring", "origin", "longest_side"]
+        "consistency", "mixers", "symmetry", "one_by_one", "guidance_rescale", *ASSET, "coloring", "origin",
+        "longest_side"]
     assert all(p["parameter_has_default"] for p in parameters[1:])
 
 
@@ -137,7 +138,8 @@ def test_a_broken_picture_ends_in_a_message_that_names_it(visitor, ring, tmp_pat
     ({"prompt": ""}, "prompt"), ({"prompt": "x" * 10_000}, "prompt"), ({"prompt": None}, "prompt"),
     ({"num_views": 99}, "num_views"), ({"num_views": "many"}, "num_views"), ({"guidance_scale": -3}, "guidance_scale"),
     ({"num_inference_steps": 10**9}, "num_inference_steps"), ({"elevation": 90}, "elevation"), ({"seed": -1}, "seed"),
-    ({"consistency": 2}, "consistency"), ({"symmetry": "sideways"}, "symmetry"),
+    ({"consistency": 2}, "consistency"), ({"guidance_rescale": 2}, "guidance_rescale"),
+    ({"symmetry": "sideways"}, "symmetry"),
 ])
 def test_wrong_values_end_in_a_message(client, capfd, wrong, named):
     with pytest.raises(AppError, match=named) as error:

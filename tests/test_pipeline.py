@@ -10,7 +10,7 @@ from tiny import plain_config, tiny_pipeline
 from coser.cameras import Cameras
 from coser.consistency import fused_views
 from coser.models.block import MIXERS
-from coser.pipeline import CoSERPipeline, fused_steps
+from coser.pipeline import CoSERPipeline, fused_steps, rescaled
 from coser.rasterizer import render
 from coser.views import ViewSet
 
@@ -155,6 +155,7 @@ def test_given_latents_are_the_starting_noise(pipeline):
     ({"elevation": float("nan")}, r"elevation must be a number from 0.0 to 30.0, got nan"),
     ({"guidance_scale": 0.5}, r"guidance_scale must be a number from 1.0 to 100.0, got 0.5"),
     ({"consistency": 0.5}, "fuse must be a function where consistency is above 0, got None and 0.5"),
+    ({"guidance_rescale": 1.5}, "guidance_rescale must be a number from 0.0 to 1.0, got 1.5"),
     ({"consistency": 1.5}, "consistency must be a number from 0.0 to 1.0, got 1.5"),
     ({"guidance_scale": "4"}, r"guidance_scale must be a number from 1.0 to 100.0, got '4'"),
     ({"latents": torch.zeros(5, 4, 16, 16)}, r"latents must be \[4, 4, 16, 16\], got \[5, 4, 16, 16\]"),
@@ -230,6 +231,35 @@ def test_denoised_is_the_clean_signal_when_the_prediction_is_right(swapped, make
     for step in steps(pipeline, num_inference_steps=4, consistency=1.0, fuse=fused_views):
         torch.testing.assert_close(step.denoised, goal if step.index > step.total - 2 else clean, rtol=0, atol=0.02)
     torch.testing.assert_close(step.latents, goal, rtol=0, atol=0.05)
+
+
+def test_rescaled_estimates_keep_their_pattern_and_take_the_prompted_ones_mean_and_spread():
+    generator = torch.Generator().manual_seed(0)
+    prompted = torch.randn(5, 4, 8, 8, generator=generator) * torch.tensor([1.0, 2, 3, 4])[:, None, None] + 0.5
+    over = torch.tensor([3.0, 0.5, 2, 1])[:, None, None]
+    assert torch.allclose(rescaled(prompted * over + 2 * over, prompted), prompted, atol=1e-4)
+    flat = torch.full_like(prompted, 7.0)  # nothing is seen yet: no spread to divide by
+    assert torch.allclose(rescaled(flat, prompted), prompted.mean((0, 2, 3), keepdim=True).expand_as(flat), atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_guidance_rescale_takes_back_that_share_of_what_guidance_adds_to_all_views(pipeline, monkeypatch, share):
+    prompted, free = torch.tensor([0.3, -0.2, 0.1, 0.5]), torch.tensor([0.1, 0.1, 0.0, 0.4])
+    pattern = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    pattern = (pattern - pattern.mean((0, 2, 3), keepdim=True)) / pattern.std((0, 2, 3), keepdim=True)
+
+    def oracle(latents, timestep, states, *_, **__):
+        """Its clean estimates: one pattern, whose mean and spread depend on the text."""
+        level = pipeline.scheduler.sigmas[pipeline.scheduler.step_index or 0]
+        means = torch.stack([free, prompted])[:, None, :, None, None]
+        clean = means + torch.tensor([1.0, 1.5])[:, None, None, None, None] * pattern
+        return (latents - clean) / level
+
+    monkeypatch.setattr(pipeline.unet, "forward", oracle)
+    denoised = draw(pipeline, num_inference_steps=1, guidance_scale=3.0, guidance_rescale=share).denoised
+    guided = (free + 3 * (prompted - free))[:, None, None] + 2.5 * pattern
+    wanted = torch.lerp(guided, prompted[:, None, None] + 1.5 * pattern, share)
+    torch.testing.assert_close(denoised, wanted, rtol=0, atol=1e-3)
 
 
 def test_few_steps_and_many_are_fused_twice_and_late():

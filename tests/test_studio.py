@@ -42,7 +42,7 @@ def studio(monkeypatch):
     ("seed", float("inf"), "0 to 2147483647"), ("seed", 2**31, "0 to 2147483647"),
     ("randomize_seed", 1, "true or false"), ("consistency", 1.1, "0 to 1"), ("consistency", "much", "0 to 1"),
     ("mixers", ("adjacent", "spoon"), "adjacent, trajectory, glance, rectification"), ("mixers", "glance", "adjacent"),
-    ("one_by_one", "yes", "true or false"),
+    ("one_by_one", "yes", "true or false"), ("guidance_rescale", -0.1, "0 to 1"),
     ("symmetry", "sideways", "none, auto, mirror, back, both, quarter, round"), ("symmetry", None, "none, auto"),
 ])
 def test_wrong_request_names_argument_and_what_is_allowed(name, value, allowed):
@@ -212,6 +212,13 @@ def test_a_mixer_that_is_left_out_is_switched_off(studio, tmp_path):
         with closing(studio.generate(replace(REQUEST, mixers=asked), tmp_path / "box.glb")) as run:
             next(run), next(run), next(run)
         assert studio.pipeline.mixers == passed
+
+
+def test_guidance_is_rescaled_as_asked(studio, tmp_path):
+    for asked in (0.25, 1.0):
+        with closing(studio.generate(replace(REQUEST, guidance_rescale=asked), tmp_path / "box.glb")) as run:
+            next(run), next(run), next(run)
+        assert studio.pipeline.guidance_rescale == asked
 
 
 @pytest.mark.parametrize("asked, passed, said", [
