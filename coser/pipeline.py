@@ -23,7 +23,7 @@ MAX_TOKENS = 64  # longer prompts are cut: captions of training have at most hal
 ELEVATIONS = (0.0, 30.0)  # degrees, as trained
 # Of a run's steps. Fusing from a fifth on, too, made solids as if turned on a lathe: see docs/training.md
 FUSED_AT = (0.9, 0.95)
-GUIDANCE_RESCALE = 0.7  # as the app draws; what it gains is measured in docs/training.md
+GUIDANCE_RESCALE = 0.5  # as the app draws; what it gains is measured in docs/training.md
 # Of a run's steps: while noise is above .8 and the whole is decided. Later averages cost detail (docs/training.md)
 SYMMETRIC_UNTIL = 0.45
 
