@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from coser.agreement import cross_render_psnr
-from coser.devices import dtype_asked_for
-from coser.evaluate_prompts import add_drawing_options, contact_sheet, sheet_row
+from coser.evaluate_prompts import (add_drawing_options, contact_sheet, load_pipeline, prompts_asked_for,
+                                    sampling_arguments, sheet_row)
 from coser.metrics import sharpness
 from coser.pipeline import CoSERPipeline, MultiviewStep
 
@@ -83,13 +83,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    pipeline = CoSERPipeline.from_pretrained(options.checkpoint, dtype=dtype_asked_for(options)).to(options.device)
-    prompts = [line.strip() for line in options.prompts.read_text("utf-8").splitlines() if line.strip()]
+    pipeline, prompts = load_pipeline(options), prompts_asked_for(options)
     scores: list[dict] = []
     rows: list[tuple[str, np.ndarray]] = []
-    for score, step in evaluate_mixers(pipeline, prompts[:options.limit], options.seed, num_views=options.num_views,
-                                       num_inference_steps=options.steps, guidance_scale=options.guidance_scale,
-                                       guidance_rescale=options.guidance_rescale):
+    for score, step in evaluate_mixers(pipeline, prompts[:options.limit], options.seed, **sampling_arguments(options)):
         scores.append(asdict(score))
         rows.append((f"{score.prompt}, off: {score.switched_off}", sheet_row(step.views, None)[:-2]))
         print(" ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{v:24}" for k, v in scores[-1].items()),

@@ -99,12 +99,9 @@ def contact_sheet(rows: list[tuple[str, np.ndarray]], columns: int = 2) -> Image
     return sheet
 
 
-def add_drawing_options(parser: argparse.ArgumentParser) -> None:
-    """What every evaluation of drawn prompts takes."""
-    parser.add_argument("--checkpoint", type=Path, default=SMALL)
-    parser.add_argument("--prompts", type=Path, required=True, help="text file, a prompt a line")
-    parser.add_argument("--sheet", type=Path, help="where the contact sheet goes (PNG or WebP)")
-    parser.add_argument("--json", type=Path, help="file for all scores")
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How a checkpoint draws, in every evaluation that lets it."""
+    parser.add_argument("--checkpoint", type=Path, default=SMALL, help="pipeline folder")
     parser.add_argument("--num-views", type=int, default=12)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
@@ -112,6 +109,30 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     add_dtype_option(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def sampling_arguments(options: argparse.Namespace) -> dict[str, float]:
+    """What `add_sampling_options` say to `CoSERPipeline`."""
+    return dict(num_views=options.num_views, num_inference_steps=options.steps,
+                guidance_scale=options.guidance_scale, guidance_rescale=options.guidance_rescale)
+
+
+def load_pipeline(options: argparse.Namespace) -> CoSERPipeline:
+    """`--checkpoint`, in `--dtype` on `--device`."""
+    return CoSERPipeline.from_pretrained(options.checkpoint, dtype=dtype_asked_for(options)).to(options.device)
+
+
+def add_drawing_options(parser: argparse.ArgumentParser) -> None:
+    """What every evaluation of prompts in a text file takes."""
+    add_sampling_options(parser)
+    parser.add_argument("--prompts", type=Path, required=True, help="text file, a prompt a line")
+    parser.add_argument("--sheet", type=Path, help="where the contact sheet goes (PNG or WebP)")
+    parser.add_argument("--json", type=Path, help="file for all scores")
+
+
+def prompts_asked_for(options: argparse.Namespace) -> list[str]:
+    """The lines of `--prompts` with something in them."""
+    return [line.strip() for line in options.prompts.read_text("utf-8").splitlines() if line.strip()]
 
 
 def add_symmetry_option(parser: argparse.ArgumentParser) -> None:
@@ -135,16 +156,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    pipeline = CoSERPipeline.from_pretrained(options.checkpoint, dtype=dtype_asked_for(options)).to(options.device)
-    prompts = [line.strip() for line in options.prompts.read_text("utf-8").splitlines() if line.strip()]
+    pipeline, prompts = load_pipeline(options), prompts_asked_for(options)
     names = ["seconds", "faces", "watertight", "cross", "own_psnr", "own_iou", "coverage", "sharpness"]
     print(f"{'prompt':28}", *(f"{n:>10}" for n in names))
     scores, rows = [], []
-    drawn = evaluate_prompts(pipeline, prompts, options.seed, num_views=options.num_views,
-                             num_inference_steps=options.steps, guidance_scale=options.guidance_scale,
-                             guidance_rescale=options.guidance_rescale, consistency=options.consistency,
-                             fuse=fused_views,
-                             symmetries=symmetries_asked_for(options, pipeline))
+    drawn = evaluate_prompts(pipeline, prompts, options.seed, symmetries=symmetries_asked_for(options, pipeline),
+                             consistency=options.consistency, fuse=fused_views, **sampling_arguments(options))
     for score, result, mesh in drawn:
         scores.append(asdict(score))
         rows.append((score.prompt, sheet_row(result.views, mesh)))

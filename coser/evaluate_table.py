@@ -23,14 +23,15 @@ from coser.consistency import CONSISTENCY, fused_views
 from coser.data.dataset import Ring, first_rings, list_rings
 from coser.data.index import read_index, write_index
 from coser.data.render import load_ring, save_ring
-from coser.devices import add_dtype_option, dtype_asked_for
+from coser.devices import dtype_asked_for
 from coser.epipolar import tsed
-from coser.evaluate_prompts import SMALL, add_symmetry_option, contact_sheet, sheet_row, symmetries_asked_for
+from coser.evaluate_prompts import (add_sampling_options, add_symmetry_option, contact_sheet, load_pipeline,
+                                    sampling_arguments, sheet_row, symmetries_asked_for)
 from coser.judge import Asked, is_janus, nearest_distances, ring_embedding
 from coser.judge_halves import are_apart, guesses_of_halves, share_apart
 from coser.judges import load_judges
 from coser.metrics import psnr, render_mesh, sharpness, silhouette_iou
-from coser.pipeline import GUIDANCE_RESCALE, CoSERPipeline
+from coser.pipeline import CoSERPipeline
 from coser.quality_table import markdown, summarise
 from coser.questions import QUESTIONS, Question, is_name_of, load_questions, slug
 from coser.reconstruction import QUICK, reconstruct
@@ -247,7 +248,7 @@ def draw_sheet(rings: list[Ring], path: Path) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, default=SMALL, help="pipeline folder")
+    add_sampling_options(parser)
     parser.add_argument("--judge", type=Path, nargs="+", required=True, help="folder of a trained judge; several are "
                         "asked as one, and the first alone about sides")
     parser.add_argument("--held-out", type=Path, required=True, help="renders of held-out assets: ceiling and floor")
@@ -262,29 +263,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sheet", type=Path, help="where a contact sheet of the first prompts goes (PNG or WebP)")
     parser.add_argument("--sheet-prompts", type=int, default=40, help="how many prompts are on it")
     parser.add_argument("--clip", help="folder or hub id of a CLIP model, for its score")
-    parser.add_argument("--num-views", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance-scale", type=float, default=4.0)
-    parser.add_argument("--guidance-rescale", type=float, default=GUIDANCE_RESCALE)
     parser.add_argument("--consistency", type=float, default=CONSISTENCY)
-    parser.add_argument("--seed", type=int, default=0)
     add_symmetry_option(parser)
     parser.add_argument("--in-one-go", action="store_true", help="draw several objects of a prompt in one go, not one "
                         "by one as the app does")
-    add_dtype_option(parser)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run(options: argparse.Namespace) -> None:
-    pipeline = CoSERPipeline.from_pretrained(options.checkpoint, dtype=dtype_asked_for(options)).to(options.device)
+    pipeline = load_pipeline(options)
     pipeline.set_progress_bar_config(disable=True)
     questions = load_questions(options.questions, options.list)[:options.limit]
     symmetries = symmetries_asked_for(options, pipeline)
     sizes = None if options.in_one_go else LifeSizes(sentence_embedder(pipeline))
     drawn = draw_rings(pipeline, questions, options.out / "rings", options.seed, symmetries, sizes,
-                       num_views=options.num_views, num_inference_steps=options.steps,
-                       guidance_scale=options.guidance_scale, guidance_rescale=options.guidance_rescale,
-                       consistency=options.consistency, fuse=fused_views)
+                       consistency=options.consistency, fuse=fused_views, **sampling_arguments(options))
     if options.sheet:
         by_prompt = {ring.captions[0]: ring for ring in drawn}
         draw_sheet([by_prompt[q.prompt] for q in questions[:options.sheet_prompts]], options.sheet)

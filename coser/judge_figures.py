@@ -25,7 +25,7 @@ MOST_FALSE_JANUS = 0.015
 
 
 def shape_of(ring: Ring) -> str:
-    """The asset whose shape a ring shows: repainted copies share that of the original."""
+    """The asset whose shape a ring shows: repainted copies share that of the original, stretched ones nearly."""
     return original_id(ring.asset_id)
 
 

@@ -130,16 +130,15 @@ class CoSERPipeline(DiffusionPipeline):
         for i, timestep in enumerate(timesteps):
             predictions = self._predict(latents, timestep, embeds, cameras, mixers)
             prediction = torch.lerp(predictions[0], predictions[-1], guidance_scale)
-            denoised = self._denoised(prediction, latents, timestep, i)
+            denoised = plain = self._denoised(prediction, latents, timestep, i)
             if guided and guidance_rescale > 0:
                 prompted = self._denoised(predictions[-1], latents, timestep, i)
                 denoised = torch.lerp(denoised, rescaled(denoised, prompted), guidance_rescale)
-                prediction = self._prediction_for(denoised, latents, timestep, i)
             if len(group) > 1 and i < averaged:
                 denoised = self._symmetric(denoised, group)
-                prediction = self._prediction_for(denoised, latents, timestep, i)
             if consistency > 0 and i in fused:
                 denoised = self._agreed(denoised, cameras, consistency, fuse)
+            if denoised is not plain:  # an estimate that nothing changed keeps its prediction to the last bit
                 prediction = self._prediction_for(denoised, latents, timestep, i)
             latents = self.scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
             last = i == len(timesteps) - 1

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from coser.data.dataset import Ring, is_repainted
+from coser.data.dataset import Ring, is_copy
 
 QUESTIONS = Path(__file__).parent / "data" / "questions.json"
 MIN_KIND_COUNT = 3  # a kind with fewer assets is a word that a model has hardly met
@@ -39,7 +39,7 @@ def draw_questions(rings: list[Ring], count: int, seed: int = 0) -> list[Questio
     Kinds with at least MIN_KIND_COUNT assets, no plurals, drawn by the square root of their number; the colour is the
     main one of an asset of that kind. Raises ValueError where the rings do not hold so many different pairs.
     """
-    assets = {r.asset_id: r for r in rings if r.colors and not is_repainted(r)}
+    assets = {r.asset_id: r for r in rings if r.colors and not is_copy(r)}
     counts = Counter(r.kind for r in assets.values())
     kinds = sorted(k for k, n in counts.items() if n >= MIN_KIND_COUNT and not re.search(r"[^su]s$", k))
     pairs = {k: sorted((a, r.colors[0]) for a, r in assets.items() if r.kind == k) for k in kinds}

@@ -1,4 +1,4 @@
-"""The rings of a recipe: of assets and held-out assets, and if asked of scenes of several and as repainted copies."""
+"""The rings of a recipe: of assets and held-out assets, and if asked of scenes of several and as copies."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from coser.data.assets import Asset, list_assets, split_assets
 from coser.data.compose import held_out_compositions, write_scenes
 from coser.data.recolor import recolor_rings
 from coser.data.render import is_rendered, render_assets
+from coser.data.stretch import are_stretched, render_stretched
 from coser.whole_files import whole_file
 
 HELD_OUT_VIEWS = 12
@@ -20,20 +21,22 @@ class RecipeRenders:
 
     assets: packed folder, or GLB, glTF or OBJ files, split as `split_assets` does. rings: of each asset, num_views
     views of size x size pixels each. scenes: so many scenes of the assets to train on join, with as many rings each.
-    repainted: whether copies in other colours join. Raises ValueError for fewer than two assets.
+    stretched: so many stretched copies of each asset join. repainted: whether copies in other colours join, of stretched
+    ones, too. Raises ValueError for fewer than two assets.
     """
 
     def __init__(self, folder: Path, assets: Path, min_quality: int = 0, rings: int = 1, num_views: int = 24,
-                 size: int = 256, scenes: int = 0, repainted: bool = False):
+                 size: int = 256, scenes: int = 0, repainted: bool = False, stretched: int = 0):
         self.folder, self.train, self.held_out = folder, folder / "train", folder / "val"
         self.assets, self.held_out_assets = split_assets(assets, min_quality)
         self.rings, self.num_views, self.size = rings, num_views, size
-        self.scenes, self.repainted = scenes, repainted
+        self.scenes, self.repainted, self.stretched = scenes, repainted, stretched
 
     def made(self) -> bool:
         """Whether all rings are there."""
         return (self.held_out_made() and is_rendered(self.assets, self.rings, self.train)
                 and (not self.scenes or self._composed() and is_rendered(self._scenes(), self.rings, self.train))
+                and are_stretched(self.assets, self.stretched, self.train)
                 and (not self.repainted or self._copies() is not None))
 
     def held_out_made(self) -> bool:
@@ -45,7 +48,8 @@ class RecipeRenders:
 
     def make(self, device: str, workers: int, until: float) -> None:
         """Makes what is missing, until a reading of time.perf_counter(): held-out rings first, which trainings need
-        from the start, then assets, scenes and copies. Composing and repainting are not interrupted."""
+        from the start, then assets, scenes, stretched and repainted copies. Composing and repainting are not
+        interrupted."""
         sizes = dict(size=self.size, device=device, workers=workers, until=until)
         if not self.held_out_made():
             render_assets(self.held_out_assets, self.held_out, 1, min(HELD_OUT_VIEWS, self.num_views), **sizes)
@@ -53,6 +57,8 @@ class RecipeRenders:
             render_assets(self.assets, self.train, self.rings, self.num_views, **sizes)
         if self.scenes and time.perf_counter() < until:
             render_assets(self._scenes(), self.train, self.rings, self.num_views, **sizes)
+        if not are_stretched(self.assets, self.stretched, self.train) and time.perf_counter() < until:
+            render_stretched(self.assets, self.train, self.stretched, num_views=self.num_views, **sizes)
         if self.repainted and self._copies() is None and time.perf_counter() < until:
             copies = recolor_rings(self.train, rings=tuple(range(self.rings)))
             with whole_file(self.train / REPAINTED) as writing:
@@ -61,8 +67,9 @@ class RecipeRenders:
     def figures(self, seconds: float = 0.0, new_rings: int = 0) -> dict:
         """What the record says of them; with seconds, also how quickly new rings came."""
         copies = len(self._copies() or ()) if self.repainted else 0
-        figures = {"rings": self.count(), "of": (len(self.assets) + self.scenes) * self.rings + copies,
-                   "held_out": len(self.held_out_assets), "num_views": self.num_views}
+        rings = len(self.assets) * (self.rings + self.stretched) + self.scenes * self.rings + copies
+        figures = {"rings": self.count(), "of": rings, "held_out": len(self.held_out_assets),
+                   "num_views": self.num_views}
         if new_rings:
             figures["views_per_second"] = new_rings * self.num_views / seconds
         return figures

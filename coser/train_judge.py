@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coser.data.assets import with_article
-from coser.data.dataset import CHANNEL_ORDERS, Prefetched, Ring, is_repainted, list_rings, step_generator
+from coser.data.dataset import CHANNEL_ORDERS, Prefetched, Ring, is_copy, list_rings, step_generator
+from coser.data.index import is_repainted
 from coser.devices import choose_dtype
 from coser.judge import SECTORS, Judgement, ViewJudge, azimuth_to_sector, sentence_states
 from coser.judge_figures import (JudgedRing, SmallRing, fit_janus_rule, fronted, fronted_kinds, janus_figures,
@@ -68,7 +69,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def is_kept_aside(ring: Ring) -> bool:
-    """Whether an asset of the training folder is kept out of the training, and its repainted copies with it."""
+    """Whether an asset of the training folder is kept out of the training, and its copies with it."""
     return zlib.crc32(shape_of(ring).encode()) % HELD_OUT_SHARE == 0
 
 
@@ -280,7 +281,7 @@ def judge_loss(judge: ViewJudge, said: Judgement, labels: Labels, states: Tensor
 
 def words_of(rings: list[SmallRing], least_color: int) -> tuple[list[str], list[str]]:
     """The kinds of training rings, and the main colours of at least `least_color` of their assets, each sorted."""
-    assets = {r.ring.asset_id: r.ring for r in rings if not is_repainted(r.ring)}
+    assets = {r.ring.asset_id: r.ring for r in rings if not is_copy(r.ring)}
     colors = Counter(ring.colors[0] for ring in assets.values() if ring.colors)
     return sorted({ring.kind for ring in assets.values()}), sorted(c for c, n in colors.items() if n >= least_color)
 
@@ -292,8 +293,8 @@ def run(options: argparse.Namespace, loop: Options) -> None:
     known = small_rings(known, loop.run / "views" / "train")
     rings = [r for r in known if not is_kept_aside(r.ring)]
     aside = [r for r in known if is_kept_aside(r.ring)]
-    kept = {"kept": [r for r in aside if not is_repainted(r.ring)],
-            "repainted": list({shape_of(r.ring): r for r in aside if is_repainted(r.ring)}.values()),
+    kept = {"kept": [r for r in aside if not is_copy(r.ring)],
+            "repainted": list({shape_of(r.ring): r for r in aside if is_repainted(r.ring.asset_id)}.values()),
             "held_out": small_rings(list_rings(options.held_out), loop.run / "views" / "held-out")}
     kinds, colors = words_of(rings, options.min_color_count)
     texts = sorted({text for r in rings for form in text_forms(r.ring).values() for text in form})
@@ -332,7 +333,7 @@ def run(options: argparse.Namespace, loop: Options) -> None:
             return judge_loss(judge, judge(batch.pictures), batch.labels, states)
 
     def measure_fronts(judged_aside: list[JudgedRing]) -> None:  # of a thousand rings: takes minutes
-        originals = {shape_of(r.ring): r for r in reversed(rings) if not is_repainted(r.ring)}  # a ring of each shape
+        originals = {shape_of(r.ring): r for r in reversed(rings) if not is_copy(r.ring)}  # a ring of each shape
         of_kind = defaultdict(list)
         for ring in originals.values():
             of_kind[ring.ring.kind].append(ring)

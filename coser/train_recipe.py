@@ -80,6 +80,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-views", type=int, default=24, help="of a ring")
     parser.add_argument("--size", type=int, default=256, help="pixels a side of a view")
     parser.add_argument("--scenes", type=int, default=0, help="so many scenes of two or three assets join")
+    parser.add_argument("--stretched", type=int, default=0, help="so many stretched copies of each asset join")
     parser.add_argument("--repainted", action="store_true", help="copies of the rings in other colours join")
     parser.add_argument("--workers", type=int, help="processes that render, else one a core but two beside a GPU")
     parser.add_argument("--overlap", action=argparse.BooleanOptionalAction,
@@ -152,7 +153,8 @@ class Recipe:
         self.cuda = torch.device(options.device).type == "cuda"
         self.record = Record(folder / "recipe.json")
         self.renders = RecipeRenders(options.renders or folder / "renders", options.assets, options.min_quality,
-                                     options.rings, options.num_views, options.size, options.scenes, options.repainted)
+                                     options.rings, options.num_views, options.size, options.scenes, options.repainted,
+                                     options.stretched)
         self.rendering: Background | None = None
         self.vae = self._finished_autoencoder()
         self.record.sessions.append({"minutes": options.minutes, "device": options.device, "torch": torch.__version__,

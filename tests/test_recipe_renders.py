@@ -6,7 +6,8 @@ import time
 import pytest
 from painted import write_assets
 
-from coser.data.dataset import list_rings
+from coser.data.dataset import is_copy, list_rings
+from coser.data.index import is_repainted, is_stretched, original_id
 from coser.recipe_renders import RecipeRenders
 
 SIZES = dict(num_views=4, size=64)
@@ -19,7 +20,7 @@ def assets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(assets, tmp_path_factory):
-    renders = RecipeRenders(tmp_path_factory.mktemp("recipe"), assets, scenes=3, repainted=True, **SIZES)
+    renders = RecipeRenders(tmp_path_factory.mktemp("recipe"), assets, scenes=3, repainted=True, stretched=1, **SIZES)
     assert not renders.made() and renders.count() == 0
     renders.make("cpu", 1, math.inf)
     return renders
@@ -32,10 +33,13 @@ def stamps(renders: RecipeRenders) -> dict:
 def test_assets_scenes_and_copies_lie_in_one_folder_and_held_out_assets_in_another(made, assets):
     assert made.made()
     rings = list_rings(made.train)
-    scenes, copies = [r for r in rings if r.kinds], [r for r in rings if "~" in r.asset_id]
+    scenes, copies = [r for r in rings if r.kinds], [r for r in rings if is_copy(r)]
+    stretched = [r for r in copies if not is_repainted(r.asset_id)]
     plain = [r for r in rings if r not in scenes and r not in copies]
     assert len(scenes) == 3 and all(len(r.kinds) == 2 for r in scenes)
-    assert {r.asset_id for r in plain} == {a.id for a in made.assets} and len(copies) > 0
+    assert {r.asset_id for r in plain} == {a.id for a in made.assets}
+    assert {original_id(r.asset_id) for r in stretched} == {a.id for a in made.assets} and len(stretched) == len(plain)
+    assert {is_stretched(r.asset_id) for r in copies if is_repainted(r.asset_id)} == {True, False}
     assert {r.asset_id for r in list_rings(made.held_out)} == {a.id for a in made.held_out_assets}
     figures = made.figures(2.0, 8)
     assert figures["rings"] == figures["of"] == len(rings) == made.count()
@@ -54,10 +58,10 @@ def test_what_is_there_is_not_made_again(made):
 
 
 def test_when_the_time_is_over_nothing_is_begun_and_the_next_call_goes_on(assets, tmp_path):
-    renders = RecipeRenders(tmp_path, assets, scenes=2, repainted=True, **SIZES)
+    renders = RecipeRenders(tmp_path, assets, scenes=2, repainted=True, stretched=2, **SIZES)
     renders.make("cpu", 1, time.perf_counter())
     assert not renders.made() and renders.count() <= 1 and not (tmp_path / "scenes").exists()
-    assert renders.figures()["of"] == len(renders.assets) + 2
+    assert renders.figures()["of"] == 3 * len(renders.assets) + 2
     renders.make("cpu", 1, math.inf)
     assert renders.made()
 

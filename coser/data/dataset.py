@@ -22,7 +22,7 @@ from torch import Tensor
 
 from coser.cameras import Cameras
 from coser.data.assets import last_word, with_article
-from coser.data.index import INDEX, original_id, read_index
+from coser.data.index import INDEX, is_stretched, original_id, read_index
 from coser.data.render import load_ring, ring_to_views
 from coser.views import ViewSet, views_to_channels
 
@@ -67,8 +67,11 @@ class Ring:
 
     @property
     def short_captions(self) -> tuple[str, ...]:
-        """What people type: the first caption, and "a <colour> <object>" and "a <colour> <kind>" where both are known."""
-        if not self.colors or not self.object:
+        """What people type: the first caption, and "a <colour> <object>" and "a <colour> <kind>" where both are known.
+
+        Of a stretched copy the first caption alone, which says how: what is called by its kind looks as usual.
+        """
+        if not self.colors or not self.object or is_stretched(self.asset_id):
             return self.captions[:1]
         named = (with_article(f"{self.colors[0]} {name}") for name in (self.object, self.kind))
         return tuple(dict.fromkeys((self.captions[0], *named)))
@@ -89,21 +92,21 @@ def mirror_views(views: ViewSet) -> ViewSet:
     return views[-torch.arange(len(views)) % len(views)].mirrored()
 
 
-def is_repainted(ring: Ring) -> bool:
-    """Whether it shows a copy that `coser.data.recolor` made."""
+def is_copy(ring: Ring) -> bool:
+    """Whether it shows no asset, but a repainted or stretched copy of one."""
     return original_id(ring.asset_id) != ring.asset_id
 
 
 def first_rings(rings: list[Ring]) -> list[Ring]:
-    """The first ring of each asset, none of repainted copies."""
-    return [r for r in rings if not is_repainted(r) and r.path.stem.endswith("-0")]
+    """The first ring of each asset, none of copies."""
+    return [r for r in rings if not is_copy(r) and r.path.stem.endswith("-0")]
 
 
 def list_rings(renders: str | Path, limit: int | None = None, min_kind_count: int = 1) -> list[Ring]:
     """The ring files of a folder written by coser.data.render, sorted by name.
 
-    limit: the first so many. min_kind_count: only those whose kind has at least so many assets; repainted copies do
-    not count, and scenes of several assets neither count nor are left out. Raises ValueError when there are none.
+    limit: the first so many. min_kind_count: only those whose kind has at least so many assets; copies do not
+    count, and scenes of several assets neither count nor are left out. Raises ValueError when there are none.
     """
     renders = Path(renders)
     if not (renders / INDEX).is_file():

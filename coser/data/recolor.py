@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coser.data.assets import with_article
-from coser.data.dataset import Ring, first_rings, is_repainted, list_rings
-from coser.data.index import INDEX, original_id, read_index, repainted_id, write_index
+from coser.data.dataset import Ring, first_rings, list_rings
+from coser.data.index import INDEX, is_repainted, original_id, read_index, repainted_id, write_index
 from coser.questions import QUESTIONS, load_questions
 from coser.whole_files import whole_file
 
@@ -165,7 +165,7 @@ def recolor_rings(renders: Path, seed: int = 0, rings: tuple[int, ...] = (0, 1))
     The colour is drawn evenly from TARGETS less the ring's own colours and the held-out pairs, and looks as one of the
     assets that natively wear it. Copies that exist are kept.
     """
-    found = [r for r in list_rings(renders) if not is_repainted(r) and int(r.path.stem.rsplit("-", 1)[1]) in rings]
+    found = [r for r in list_rings(renders) if not is_repainted(r.asset_id) and int(r.path.stem.rsplit("-", 1)[1]) in rings]
     rows = read_index(renders)
     held_out = held_out_pairs()
     worn: dict[Path, Paint] = {}

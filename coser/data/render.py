@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -72,6 +72,14 @@ def is_rendered(assets: list[Asset], rings: int, folder: Path) -> bool:
     return all((folder / f"{a.id}-{ring}.safetensors").is_file() for a in assets for ring in range(rings))
 
 
+def add_to_index(folder: Path, assets: list[Asset]) -> None:
+    """Writes what is known of assets into a folder's index, whose other rows stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    known = read_index(folder)
+    known |= {a.id: {k: v for k, v in asdict(a).items() if k not in ("path", "packed")} for a in assets}
+    write_index(folder, known.values())
+
+
 def render_assets(assets: list[Asset], output: Path, rings: int = 1, num_views: int = 24, size: int = 256,
                   device: str = "cpu", workers: int = 1, until: float = math.inf) -> None:
     """Renders `rings` rings of every asset into `output`.
@@ -79,20 +87,25 @@ def render_assets(assets: list[Asset], output: Path, rings: int = 1, num_views: 
     On CUDA in this process, on a CPU over `workers` processes. until: a reading of time.perf_counter() at which it
     stops, finished or not; the next call goes on.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    known = read_index(output)
-    known |= {a.id: {k: v for k, v in asdict(a).items() if k not in ("path", "packed")} for a in assets}
-    write_index(output, known.values())
+    add_to_index(output, assets)
     jobs = [(a, ring, output / f"{a.id}-{ring}.safetensors", num_views, size, device)
             for ring in range(rings) for a in assets]
-    # in an order that has nothing to do with the packs: an unfinished folder is a fair sample
-    jobs = [job for job in jobs if not job[2].is_file()]
-    jobs.sort(key=lambda job: (job[1], zlib.crc32(job[0].id.encode())))
+    run_jobs(_render_one, [job for job in jobs if not job[2].is_file()], num_views, device, workers, until)
+
+
+def run_jobs(render_one: Callable[[tuple], None], jobs: list[tuple], num_views: int, device: str, workers: int,
+             until: float) -> None:
+    """Calls `render_one` with each job: (asset, number of the ring, path, and what else it takes).
+
+    On CUDA in this process, on a CPU over `workers` processes, until a reading of time.perf_counter(); in an order that
+    has nothing to do with the packs: an unfinished folder is a fair sample.
+    """
+    jobs = sorted(jobs, key=lambda job: (job[1], zlib.crc32(job[0].id.encode())))
     if device != "cpu" or workers <= 1:
-        _report(map(_render_one, jobs), len(jobs), num_views, until)
+        _report(map(render_one, jobs), len(jobs), num_views, until)
     else:
         with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
-            _report(pool.imap_unordered(_render_one, jobs), len(jobs), num_views, until)
+            _report(pool.imap_unordered(render_one, jobs), len(jobs), num_views, until)
 
 
 def _report(done: Iterator[None], jobs: int, num_views: int, until: float) -> None:
