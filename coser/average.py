@@ -1,7 +1,8 @@
 """The mean of several trainings' weights as one pipeline: `python -m coser.average OUT FOLDER[=WEIGHT] ...`.
 
-Legs of training that begin from one another's weights lie in one valley of the loss, where the mean of their weights is
-better than each (model soups, Wortsman et al. 2022, section 2). All but the UNet is the first folder's.
+Legs of training that begin from one another's weights lie in one valley of the loss, where the mean of their weights
+is often better than each (model soups, Wortsman et al. 2022, section 2): docs/training.md has when it was and when not.
+All but the UNet is the first folder's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from coser.latents import weights_hash
 from coser.shards import TRAINING_STATE
 
 UNET = Path("unet", "diffusion_pytorch_model.safetensors")
+VAE = Path("vae", "diffusion_pytorch_model.safetensors")
 
 
 def average_unets(out: str | Path, shares: Mapping[Path, float]) -> None:
@@ -37,8 +39,9 @@ def average_unets(out: str | Path, shares: Mapping[Path, float]) -> None:
     for folder, share in shares.items():
         if not (math.isfinite(share) and share > 0):
             raise ValueError(f"a folder's weight must be more than 0, got {share:g} for {folder}")
-        if not (folder / UNET).is_file():
-            raise ValueError(f"every folder must be a pipeline's, with {UNET.as_posix()} in it, got {folder}")
+        for file in (UNET, VAE):
+            if not (folder / file).is_file():
+                raise ValueError(f"every folder must be a pipeline's, with {file.as_posix()} in it, got {folder}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out must be new or empty, got {out}")
     latents = weights_hash(folders[0] / "vae")

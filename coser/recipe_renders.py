@@ -21,8 +21,8 @@ class RecipeRenders:
 
     assets: packed folder, or GLB, glTF or OBJ files, split as `split_assets` does. rings: of each asset, num_views
     views of size x size pixels each. scenes: so many scenes of the assets to train on join, with as many rings each.
-    stretched: so many stretched copies of each asset join. repainted: whether copies in other colours join, of stretched
-    ones, too. Raises ValueError for fewer than two assets.
+    stretched: so many stretched copies of each asset join. repainted: whether copies in other colours join, of
+    stretched ones, too. Raises ValueError for fewer than two assets.
     """
 
     def __init__(self, folder: Path, assets: Path, min_quality: int = 0, rings: int = 1, num_views: int = 24,

@@ -10,12 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny_pipeline
 
-from coser.average import UNET, average_unets, main
+from coser.average import UNET, VAE, average_unets, main
 from coser.flow import small_scheduler
 from coser.pipeline import CoSERPipeline
 from coser.shards import TRAINING_STATE
-
-VAE = UNET.relative_to("unet")
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +87,11 @@ def no_pipeline(pipelines, tmp_path):
     return [str(pipelines / "a"), str(tmp_path)]
 
 
+def no_autoencoder(pipelines, tmp_path):
+    shutil.copytree(pipelines / "a" / "unet", tmp_path / "bare" / "unet")
+    return [str(pipelines / "a"), str(tmp_path / "bare")]
+
+
 def one_folder(pipelines, tmp_path):
     return [str(pipelines / "a")]
 
@@ -112,21 +115,24 @@ def another_shape(pipelines, tmp_path):
 
 
 def fewer_weights(pipelines, tmp_path):
-    return [str(pipelines / "a"), str(changed(pipelines, tmp_path / "few", UNET, lambda w: w.pop("unet2d.conv_in.bias")))]
+    few = changed(pipelines, tmp_path / "few", UNET, lambda weights: weights.pop("unet2d.conv_in.bias"))
+    return [str(pipelines / "a"), str(few)]
 
 
 def other_latents(pipelines, tmp_path):
     def nudge(weights):
         name = next(n for n in weights if n.startswith("encoder."))
         weights[name] = weights[name] + 1
-    return [str(pipelines / "a"), str(changed(pipelines, tmp_path / "other", "vae" / VAE, nudge))]
+    return [str(pipelines / "a"), str(changed(pipelines, tmp_path / "other", VAE, nudge))]
 
 
 @pytest.mark.parametrize("case, named", [
     (no_pipeline, r"every folder must be a pipeline's, with unet/.* in it, got"),
+    (no_autoencoder, r"every folder must be a pipeline's, with vae/.* in it, got .*bare"),
     (one_folder, r"two pipeline folders or more, got 1"), (twice, r"a folder may be given once"),
     (negative, r"weight must be more than 0, got -1 for"), (not_a_number, r"weight must be more than 0, got nan for"),
-    (another_shape, r"unet2d.conv_in.bias is \[\d+\] there, got \[99\]"), (fewer_weights, r"conv_in.bias is .* got none"),
+    (another_shape, r"unet2d.conv_in.bias is \[\d+\] there, got \[99\]"),
+    (fewer_weights, r"unet2d.conv_in.bias is .* got none"),
     (other_latents, r"must have .*'s latents, but its autoencoder's encoder is another"),
 ])
 def test_refusals_say_why_and_write_nothing(pipelines, tmp_path, capsys, case, named):

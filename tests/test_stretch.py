@@ -110,8 +110,8 @@ def test_copies_lie_beside_the_rings_of_the_assets_and_are_none(tmp_path):
     folder = tmp_path / "rings"
     render_assets(assets, folder, **SIZES)
     assert are_stretched(assets, 0, folder) and not are_stretched(assets, 1, folder)
-    main([str(tmp_path / "assets"), str(folder), "--split", "train", "--copies", "1", "--num-views", "4", "--size", "64",
-          "--workers", "1"])
+    main([str(tmp_path / "assets"), str(folder), "--split", "train", "--copies", "1", "--num-views", "4",
+          "--size", "64", "--workers", "1"])
     assert are_stretched(assets, 1, folder) and not are_stretched(assets, 2, folder)
     rings = list_rings(folder)
     assert len(rings) == 2 * len(assets) and len(first_rings(rings)) == len(assets)

@@ -165,7 +165,8 @@ def recolor_rings(renders: Path, seed: int = 0, rings: tuple[int, ...] = (0, 1))
     The colour is drawn evenly from TARGETS less the ring's own colours and the held-out pairs, and looks as one of the
     assets that natively wear it. Copies that exist are kept.
     """
-    found = [r for r in list_rings(renders) if not is_repainted(r.asset_id) and int(r.path.stem.rsplit("-", 1)[1]) in rings]
+    found = [r for r in list_rings(renders)
+             if not is_repainted(r.asset_id) and int(r.path.stem.rsplit("-", 1)[1]) in rings]
     rows = read_index(renders)
     held_out = held_out_pairs()
     worn: dict[Path, Paint] = {}

@@ -1,8 +1,9 @@
 """Stretched copies of assets, rendered, so that a kind has more shapes: `python -m coser.data.stretch ASSETS RENDERS`.
 
-A copy is taller or lower, wider or narrower than its asset and widens or narrows upwards; where that shows, its captions
-say so ("a tall red barrel"). Written beside the assets' own rings as `<asset id>~stretched<copy>-0.safetensors`, each a row
-of its own in `index.jsonl`, seen from the default elevation. Files that exist are kept.
+A copy is taller or lower, wider or narrower than its asset and widens or narrows upwards; where that shows, its
+captions say so ("a tall red barrel"). Written beside the assets' own rings as
+`<asset id>~stretched<copy>-0.safetensors`, each a row of its own in `index.jsonl`, seen from the default elevation.
+Files that exist are kept.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from coser.rasterizer import render
 HEIGHT, WIDTH = 0.35, 0.18
 TAPER = 0.2  # the floor plan is up to so much larger at the top and smaller at the bottom, or the other way round
 SHOWS = {"tall": 1.15, "wide": 1.1}  # from which ratio on captions say so, and its inverse by the other word
-# A caption that already says one of these is not taken over where it would need another.
+# A caption that says one of these already is not taken over where a word of SHOWS or its opposite is due.
 SIZES = re.compile(r"\b(tall|low|short|wide|narrow|flat|long|slim|squat|thin|big|large|small|tiny|round)\b", re.I)
 ARTICLE = re.compile(r"(an?|the|one)\s+", re.I)
 
