@@ -20,6 +20,7 @@ from torch import Tensor
 
 from coser.latents import weights_hash
 from coser.shards import TRAINING_STATE
+from coser.whole_files import fresh_folder
 
 UNET = Path("unet", "diffusion_pytorch_model.safetensors")
 VAE = Path("vae", "diffusion_pytorch_model.safetensors")
@@ -58,9 +59,8 @@ def average_unets(out: str | Path, shares: Mapping[Path, float]) -> None:
             mean[name] += weight.float() * (shares[folder] / total)
     with safe_open(folders[0] / UNET, "pt") as file:
         metadata = file.metadata()
-    writing = out.with_name(out.name + ".writing")
-    shutil.rmtree(writing, ignore_errors=True)
-    shutil.copytree(folders[0], writing, ignore=shutil.ignore_patterns(*TRAINING_STATE))
+    writing = fresh_folder(out)
+    shutil.copytree(folders[0], writing, ignore=shutil.ignore_patterns(*TRAINING_STATE), dirs_exist_ok=True)
     save_file({name: weight.to(first[name].dtype) for name, weight in mean.items()}, writing / UNET, metadata)
     if out.exists():
         out.rmdir()

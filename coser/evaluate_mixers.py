@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from coser.agreement import cross_render_psnr
-from coser.evaluate_prompts import (add_drawing_options, contact_sheet, load_pipeline, prompts_asked_for,
-                                    sampling_arguments, sheet_row)
+from coser.evaluate_prompts import add_drawing_options, contact_sheet, load_pipeline, sampling_arguments, sheet_row
 from coser.metrics import sharpness
 from coser.pipeline import CoSERPipeline, MultiviewStep
+from coser.questions import read_prompts
 
 VERB = "mixers"
 
@@ -83,7 +83,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    pipeline, prompts = load_pipeline(options), prompts_asked_for(options)
+    pipeline, prompts = load_pipeline(options), read_prompts(options.prompts)
     scores: list[dict] = []
     rows: list[tuple[str, np.ndarray]] = []
     for score, step in evaluate_mixers(pipeline, prompts[:options.limit], options.seed, **sampling_arguments(options)):

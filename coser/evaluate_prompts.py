@@ -21,6 +21,7 @@ from coser.consistency import CONSISTENCY, fused_views
 from coser.devices import add_dtype_option, dtype_asked_for
 from coser.metrics import psnr, render_mesh, sharpness, silhouette_iou
 from coser.pipeline import GUIDANCE_RESCALE, CoSERPipeline, MultiviewStep
+from coser.questions import read_prompts
 from coser.reconstruction import QUICK, Mesh, reconstruct
 from coser.symmetry import Symmetries
 from coser.views import ViewSet, views_to_uint8
@@ -130,11 +131,6 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="file for all scores")
 
 
-def prompts_asked_for(options: argparse.Namespace) -> list[str]:
-    """The lines of `--prompts` with something in them."""
-    return [line.strip() for line in options.prompts.read_text("utf-8").splitlines() if line.strip()]
-
-
 def add_symmetry_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--symmetry", choices=("none", "auto"), default="none", help="none, as the app draws, or what "
                         "the prompt's kind of object usually has")
@@ -156,7 +152,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    pipeline, prompts = load_pipeline(options), prompts_asked_for(options)
+    pipeline, prompts = load_pipeline(options), read_prompts(options.prompts)
     names = ["seconds", "faces", "watertight", "cross", "own_psnr", "own_iou", "coverage", "sharpness"]
     print(f"{'prompt':28}", *(f"{n:>10}" for n in names))
     scores, rows = [], []

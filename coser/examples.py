@@ -17,6 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from coser.questions import read_prompts
 from coser.request import AssetOptions, GenerationRequest
 from coser.sessions import file_name
 from coser.studio import SMALL, TILE, RunUpdate, Studio, log_to_terminal
@@ -129,8 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     log_to_terminal()
     try:
-        requests = [GenerationRequest(line.strip(), seed=args.seed)
-                    for line in args.prompts.read_text("utf-8").splitlines() if line.strip()]
+        requests = [GenerationRequest(prompt, seed=args.seed) for prompt in read_prompts(args.prompts)]
         if not requests:
             raise ValueError(f"{args.prompts} must hold a prompt a line, got none")
         for example in make_examples(Studio(args.checkpoint, args.device), requests, args.folder):

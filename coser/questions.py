@@ -57,6 +57,11 @@ def draw_questions(rings: list[Ring], count: int, seed: int = 0) -> list[Questio
     return list(found.values())
 
 
+def read_prompts(file: Path) -> list[str]:
+    """The prompts of a text file, a line each; lines with nothing in them are none."""
+    return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+
+
 def load_questions(path: Path, name: str) -> list[Question]:
     """One list of a questions file. Raises ValueError naming the lists there are."""
     lists = json.loads(path.read_text("utf-8"))["lists"]

@@ -14,6 +14,8 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
+from coser.whole_files import fresh_folder
+
 MAX_BYTES = 16 * 2**20
 FORMAT = "coser shards 1"
 INDEX = "index.json"
@@ -37,7 +39,7 @@ def write_shards(folder: str | Path, out: str | Path, max_bytes: int = MAX_BYTES
         raise ValueError(f"folder must hold files, got {folder}")
     if out.exists() and not _replaceable(out):
         raise ValueError(f"out must be new, empty or a folder of shards, got {out}")
-    writing = _fresh(out)
+    writing = fresh_folder(out)
     files = [{"path": p.relative_to(folder).as_posix(), "bytes": p.stat().st_size, "sha256": _sha256(_blocks(p))}
              for p in paths]
     shards = []
@@ -64,7 +66,7 @@ def read_shards(out: str | Path, folder: str | Path) -> list[Path]:
     index = _read_index(out)
     for shard in index["shards"]:
         _check(out / shard["name"], shard)
-    writing = _fresh(folder)
+    writing = fresh_folder(folder)
     data = (block for shard in index["shards"] for block in _blocks(out / shard["name"]))
     rest = b""
     for file in index["files"]:
@@ -83,14 +85,6 @@ def _replaceable(out: Path) -> bool:
     if not out.is_dir():
         return False
     return all(p.is_file() and (p.name == INDEX or p.match("shard-*.bin")) for p in out.iterdir())
-
-
-def _fresh(folder: Path) -> Path:
-    """An empty folder beside `folder`, which gets its name when all is written."""
-    writing = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
-    return writing
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

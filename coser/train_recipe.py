@@ -38,6 +38,7 @@ from coser.devices import add_dtype_option
 from coser.evaluate_prompts import evaluate_prompts
 from coser.latents import same_weights, weights_hash
 from coser.pipeline import GUIDANCE_RESCALE, CoSERPipeline
+from coser.questions import read_prompts
 from coser.recipe_record import Record, training_figures
 from coser.recipe_renders import RecipeRenders
 from coser.shards import TRAINING_STATE, read_shards, write_shards
@@ -125,7 +126,7 @@ def evaluate_pipeline(folder: Path, held_out: Path, count: int, device: str, dty
     pipeline.set_progress_bar_config(disable=True)
     views = held_out_views(list_rings(held_out))
     figures: dict = {"autoencoder": autoencoder_figures(reconstruct_views(pipeline.vae, views), views)}
-    prompts = [line.strip() for line in PROMPTS.read_text("utf-8").splitlines() if line.strip()]
+    prompts = read_prompts(PROMPTS)
     scores, drawn, longest = [], 0, PROMPT_SECONDS.get(torch.device(device).type, 0.0)
     for prompt in prompts[::max(1, len(prompts) // max(1, count))][:count]:
         began = time.perf_counter()

@@ -1,9 +1,10 @@
-"""Files that are there whole or not at all, also after a kill and with other processes writing the same one."""
+"""Files and folders that are whole or not there at all, also after a kill; files also with others writing the same."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,3 +21,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         writing.replace(path)
     finally:
         writing.unlink(missing_ok=True)
+
+
+def fresh_folder(folder: Path) -> Path:
+    """An empty folder beside `folder`, to be renamed to it when all is written; what a killed run left there goes."""
+    writing = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    return writing

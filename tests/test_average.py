@@ -18,7 +18,7 @@ from coser.shards import TRAINING_STATE
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory):
-    """Three pipelines that differ in their UNets alone, in half precision; the second has a training state, too."""
+    """Three pipelines that differ in their UNets alone, in half precision; the first two have training states."""
     folder = tmp_path_factory.mktemp("pipelines")
     pipeline = tiny_pipeline()
     for name in "abc":
