@@ -20,8 +20,8 @@ from coser.examples import load_examples
 from coser.pipeline import ELEVATIONS, NUM_VIEWS
 from coser.reconstruction.exports import FORMATS
 from coser.request import (COLORING, CONSISTENCY, GUIDANCE_RESCALE, GUIDANCE_SCALE, LONGEST_SIDE, MAX_FACES,
-                           NUM_INFERENCE_STEPS, ORIGINS, SEED, SYMMETRY, TEXTURE_SIZES, AssetOptions,
-                           GenerationRequest)
+                           NUM_INFERENCE_STEPS, ORIGINS, SEED, SKIP_GUIDANCE_SCALE, SYMMETRY, TEXTURE_SIZES,
+                           AssetOptions, GenerationRequest)
 from coser.scene_prompts import scene_plan
 from coser.sessions import KEPT_SECONDS
 from coser.studio import SMALL, Studio, log_to_terminal
@@ -62,7 +62,7 @@ def gpu_seconds(prompt, num_views, guidance_scale, num_inference_steps, *_) -> i
         return 10
     plan = scene_plan(prompt) if isinstance(prompt, str) else None
     drawings = len(plan.objects) if plan else 1
-    return int(max(10, min(60, 10 + 0.02 * num_views * num_inference_steps * drawings)))
+    return int(max(10, min(60, 10 + 0.03 * num_views * num_inference_steps * drawings)))
 
 
 def setting_inputs(mixers: tuple[str, ...]) -> list[gr.components.Component]:
@@ -90,8 +90,10 @@ def setting_inputs(mixers: tuple[str, ...]) -> list[gr.components.Component]:
                              info="then put together: a lantern on a barrel")
     guidance_rescale = gr.Slider(*GUIDANCE_RESCALE, DEFAULTS.guidance_rescale, step=0.1, label="Guidance rescale",
                                  info="true colours", elem_id="guidance-rescale")
+    skip_guidance_scale = gr.Slider(*SKIP_GUIDANCE_SCALE, DEFAULTS.skip_guidance_scale, step=0.5, label="Skip guidance",
+                                    info="by each other", elem_id="skip-guidance-scale")
     return [num_views, guidance_scale, steps, elevation, seed, randomize, consistency, modules, symmetry, one_by_one,
-            guidance_rescale]
+            guidance_rescale, skip_guidance_scale]
 
 
 def asset_inputs() -> list[gr.components.Component]:

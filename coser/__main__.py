@@ -69,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
     drawing.add_argument("--guidance-rescale", type=float, default=DEFAULTS.guidance_rescale,
                          help="how much of what guidance does to brightness and contrast to take back, 0 to 1 "
                          "(default %(default)s)")
+    drawing.add_argument("--skip-guidance-scale", type=float, default=DEFAULTS.skip_guidance_scale,
+                         help="how far to move away from what each view would show by itself, 0 to 6 "
+                         "(default %(default)s)")
     drawing.add_argument("--num-inference-steps", type=int, default=DEFAULTS.num_inference_steps,
                          help="1 to 50 (default %(default)s)")
     drawing.add_argument("--elevation", type=float, help="the cameras' height in degrees, 0 to 30 (default "
@@ -110,7 +113,7 @@ def request(args: argparse.Namespace) -> GenerationRequest:
     return GenerationRequest(
         prompt=args.prompt, num_views=DEFAULTS.num_views if args.num_views is None else args.num_views,
         guidance_scale=args.guidance_scale, guidance_rescale=args.guidance_rescale,
-        num_inference_steps=args.num_inference_steps,
+        skip_guidance_scale=args.skip_guidance_scale, num_inference_steps=args.num_inference_steps,
         elevation=DEFAULTS.elevation if args.elevation is None else args.elevation, seed=args.seed,
         randomize_seed=args.randomize_seed, consistency=args.consistency,
         negative_prompt=args.negative_prompt, mixers=args.mixers, symmetry=args.symmetry,

@@ -53,6 +53,11 @@ class PromptEmbeds:
     mask: Tensor | None
     pooled: Tensor | None
 
+    @property
+    def last(self) -> PromptEmbeds:
+        """The last of the texts alone, as a batch of one."""
+        return PromptEmbeds(*(None if t is None else t[-1:] for t in (self.states, self.mask, self.pooled)))
+
 
 class CoSERPipeline(DiffusionPipeline):
     """Text to multi-view diffusion (CoSER, section 3), in diffusers' form.
@@ -99,7 +104,8 @@ class CoSERPipeline(DiffusionPipeline):
     def stream(self, prompt: str, *, num_views: int = 12, elevation: float = ELEVATION, guidance_scale: float = 4.0,
                num_inference_steps: int = 20, negative_prompt: str = "", generator: torch.Generator | None = None,
                latents: Tensor | None = None, mixers: tuple[str, ...] | None = None,
-               symmetry: tuple[str, ...] = (), guidance_rescale: float = 0.0, consistency: float = 0.0,
+               symmetry: tuple[str, ...] = (), guidance_rescale: float = 0.0, skip_guidance_scale: float = 0.0,
+               consistency: float = 0.0,
                fuse: Callable[[ViewSet, Cameras], ViewSet] | None = None) -> Iterator[MultiviewStep]:
         """Denoises a ring of views and yields every step; the last one carries the finished views.
 
@@ -108,16 +114,18 @@ class CoSERPipeline(DiffusionPipeline):
         latents [N,C,h,w]: starting noise instead. mixers: the active subset of the UNet's. symmetry: what the object is
         pulled to, some of SYMMETRIES; estimates are averaged over those that a ring of num_views has (of an odd one no
         view shows the back of another) in the first SYMMETRIC_UNTIL of the steps. guidance_rescale: 0..1, how much of
-        what guidance does to an estimate's brightness and contrast is taken back (see `rescaled`). consistency: 0..1;
-        at some steps this share of the estimate is replaced by what `fuse` makes of its views: the views of one object,
-        such as `coser.consistency.fused_views` (3D-aware denoising, as in VideoMV, Zuo et al. 2024). Raises ValueError,
-        when first read, for anything else.
+        what guidance does to an estimate's brightness and contrast is taken back (see `rescaled`). skip_guidance_scale:
+        >= 0, how far views move away from what each would show by itself (see `_heeding`). consistency: 0..1; at some
+        steps this share of the estimate is replaced by what `fuse` makes of its views: the views of one object, such as
+        `coser.consistency.fused_views` (3D-aware denoising, as in VideoMV, Zuo et al. 2024). Raises ValueError, when
+        first read, for anything else.
         """
         check_arguments(prompt, num_views, elevation, guidance_scale, num_inference_steps, negative_prompt, consistency,
-                        symmetry, guidance_rescale)
+                        symmetry, guidance_rescale, skip_guidance_scale)
         if consistency > 0 and fuse is None:
             raise ValueError(f"fuse must be a function where consistency is above 0, got None and {consistency}")
         guided = guidance_scale > 1
+        skips = skip_guidance_scale > 0 and bool(self.unet.config.mixers if mixers is None else mixers)
         embeds = self.encode_prompt([negative_prompt, prompt] if guided else [prompt])
         cameras = Cameras.orbit(num_views, elevation).to(self._execution_device)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
@@ -131,9 +139,13 @@ class CoSERPipeline(DiffusionPipeline):
             predictions = self._predict(latents, timestep, embeds, cameras, mixers)
             prediction = torch.lerp(predictions[0], predictions[-1], guidance_scale)
             denoised = plain = self._denoised(prediction, latents, timestep, i)
+            prompted = self._denoised(predictions[-1], latents, timestep, i)
             if guided and guidance_rescale > 0:
-                prompted = self._denoised(predictions[-1], latents, timestep, i)
                 denoised = torch.lerp(denoised, rescaled(denoised, prompted), guidance_rescale)
+            if skips:
+                apart = self._predict(latents, timestep, embeds.last, cameras, ())[0]
+                apart = self._denoised(apart, latents, timestep, i)
+                denoised = heeding(denoised, prompted, apart, skip_guidance_scale)
             if len(group) > 1 and i < averaged:
                 denoised = self._symmetric(denoised, group)
             if consistency > 0 and i in fused:
@@ -209,14 +221,26 @@ class CoSERPipeline(DiffusionPipeline):
         return torch.lerp(denoised, self.vae.views_to_latents(fused), share)
 
 
-def rescaled(guided: Tensor, prompted: Tensor) -> Tensor:
+def heeding(denoised: Tensor, prompted: Tensor, apart: Tensor, scale: float) -> Tensor:
+    """An estimate of clean latents moved away from views drawn each by itself, [N,C,h,w]: skip guidance.
+
+    prompted, apart: estimates from the same latents and text, with the modules between views and with all of them
+    skipped; `scale` times their difference is added. A model guided away from a worse version of itself (Karras et al.
+    2024b; by skipped layers, Hyung et al. 2025) draws more of what the better one knows, and here the modules know that
+    views show one object. Each view's channels keep their mean and spread: what neighbours say of a view's colour was
+    overdone, too, and orange bottles came out dark red.
+    """
+    return rescaled(denoised + scale * (prompted - apart), denoised, over=(2, 3))
+
+
+def rescaled(guided: Tensor, prompted: Tensor, over: tuple[int, ...] = (0, 2, 3)) -> Tensor:
     """A guided estimate of clean latents with each channel's mean and spread those of the prompted one, [N,C,h,w].
 
     Guidance moves the ring's mean colour away from that of all objects as well, and each step goes on from there: what
     was asked for in brown came out orange. Rescaling of Lin et al. 2024 (section 3.4) takes back the spread, of all
     channels at once; here means come back as well, and each channel's by itself, over all views of the one object.
+    over: the axes that means and spreads are taken over.
     """
-    over = (0, 2, 3)
     spread, wanted = (t.std(over, keepdim=True).clamp_min(1e-6) for t in (guided, prompted))
     return (guided - guided.mean(over, keepdim=True)) / spread * wanted + prompted.mean(over, keepdim=True)
 
@@ -232,7 +256,7 @@ def fused_steps(total: int) -> set[int]:
 
 def check_arguments(prompt: str, num_views: int, elevation: float, guidance_scale: float, num_inference_steps: int,
                     negative_prompt: str, consistency: float = 0.0, symmetry: tuple[str, ...] = (),
-                    guidance_rescale: float = 0.0) -> None:
+                    guidance_rescale: float = 0.0, skip_guidance_scale: float = 0.0) -> None:
     """Raises ValueError naming argument, value and what is allowed, for the first argument that is wrong."""
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         if not isinstance(text, str):
@@ -242,7 +266,8 @@ def check_arguments(prompt: str, num_views: int, elevation: float, guidance_scal
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
     numbers = (("elevation", elevation, *ELEVATIONS), ("guidance_scale", guidance_scale, 1.0, 100.0),
-               ("consistency", consistency, 0.0, 1.0), ("guidance_rescale", guidance_rescale, 0.0, 1.0))
+               ("consistency", consistency, 0.0, 1.0), ("guidance_rescale", guidance_rescale, 0.0, 1.0),
+               ("skip_guidance_scale", skip_guidance_scale, 0.0, 100.0))
     for name, value, low, high in numbers:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             raise ValueError(f"{name} must be a number from {low} to {high}, got {value!r}")

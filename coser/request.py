@@ -17,6 +17,7 @@ GUIDANCE_SCALE = (1.0, 12.0)
 NUM_INFERENCE_STEPS = (1, 50)
 SEED = (0, 2**31 - 1)
 GUIDANCE_RESCALE = (0.0, 1.0)
+SKIP_GUIDANCE_SCALE = (0.0, 6.0)
 CONSISTENCY = (0.0, 1.0)
 MAX_FACES = (500, 200_000)
 TEXTURE_SIZES = (512, 1024, 2048, 4096)  # pixels a side
@@ -34,6 +35,8 @@ class GenerationRequest:
 
     prompt: 1 to 300 characters after trimming. num_views: 4 to 24, a closed ring. guidance_scale: 1 to 12.
     guidance_rescale: 0 to 1, how much of what guidance does to brightness and contrast is taken back.
+    skip_guidance_scale: 0 to 6, how far views move away from what each would show by itself: they agree better, and
+    show what was asked for less often.
     num_inference_steps: 1 to 50. elevation: 0 to 30 degrees. seed: 0 to 2**31 - 1; with `randomize_seed` it is drawn
     anew and the drawn one is reported back. consistency: 0 to 1, how much of the views is replaced by the object
     that they make together, at some steps. negative_prompt: at most 300 characters. mixers: the modules between views
@@ -57,6 +60,7 @@ class GenerationRequest:
     symmetry: str = "none"
     one_by_one: bool = True
     guidance_rescale: float = DEFAULT_GUIDANCE_RESCALE
+    skip_guidance_scale: float = 0.0
 
     def __post_init__(self):
         checked = {
@@ -70,6 +74,7 @@ class GenerationRequest:
             "negative_prompt": _text("negative_prompt", self.negative_prompt, 0, PROMPT_LENGTH[1]),
             "mixers": None if self.mixers is None else _some_of("mixers", self.mixers, MODULES),
             "guidance_rescale": _number("guidance_rescale", self.guidance_rescale, *GUIDANCE_RESCALE),
+            "skip_guidance_scale": _number("skip_guidance_scale", self.skip_guidance_scale, *SKIP_GUIDANCE_SCALE),
             "symmetry": _one_of("symmetry", self.symmetry, tuple(SYMMETRY)),
         }
         for name in ("randomize_seed", "one_by_one"):

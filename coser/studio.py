@@ -270,7 +270,7 @@ class Studio:
         return self.pipeline.stream(
             request.prompt, num_views=request.num_views, elevation=request.elevation,
             guidance_scale=request.guidance_scale, guidance_rescale=request.guidance_rescale,
-            num_inference_steps=request.num_inference_steps,
+            skip_guidance_scale=request.skip_guidance_scale, num_inference_steps=request.num_inference_steps,
             negative_prompt=request.negative_prompt, generator=generator_of(request), consistency=request.consistency,
             fuse=fused_views, mixers=request.mixers, symmetry=symmetry)
 

@@ -35,7 +35,7 @@ class DrawnPipeline:
         self.count = threading.Lock()
         self.mixers: tuple[str, ...] | None = None  # of the last stream
         self.symmetry: tuple[str, ...] = ()  # likewise
-        self.guidance_rescale = 0.0  # likewise
+        self.guidance_rescale = self.skip_guidance_scale = 0.0  # likewise
         self.unet = SimpleNamespace(config=SimpleNamespace(mixers=MIXERS))
 
     def to(self, *args, **kwargs) -> "DrawnPipeline":
@@ -50,8 +50,10 @@ class DrawnPipeline:
     def stream(self, prompt: str, *, num_views: int, elevation: float, guidance_scale: float, num_inference_steps: int,
                negative_prompt: str, generator: torch.Generator, consistency: float = 0.0,
                fuse=None, mixers: tuple[str, ...] | None = None,
-               symmetry: tuple[str, ...] = (), guidance_rescale: float = 0.0) -> Iterator[MultiviewStep]:
-        self.mixers, self.symmetry, self.guidance_rescale = mixers, symmetry, guidance_rescale
+               symmetry: tuple[str, ...] = (), guidance_rescale: float = 0.0,
+               skip_guidance_scale: float = 0.0) -> Iterator[MultiviewStep]:
+        self.mixers, self.symmetry = mixers, symmetry
+        self.guidance_rescale, self.skip_guidance_scale = guidance_rescale, skip_guidance_scale
         with self.count:
             self.open += 1
             self.most_open = max(self.most_open, self.open)

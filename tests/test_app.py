@@ -66,14 +66,14 @@ def test_a_prompt_alone_is_enough_for_the_api(client):
     parameters = client.view_api(return_format="dict")["named_endpoints"]["/generate"]["parameters"]
     assert [p["parameter_name"] for p in parameters] == [
         "prompt", "num_views", "guidance_scale", "num_inference_steps", "elevation", "seed", "randomize_seed",
-        "consistency", "mixers", "symmetry", "one_by_one", "guidance_rescale", *ASSET, "coloring", "origin",
-        "longest_side"]
+        "consistency", "mixers", "symmetry", "one_by_one", "guidance_rescale", "skip_guidance_scale", *ASSET,
+        "coloring", "origin", "longest_side"]
     assert all(p["parameter_has_default"] for p in parameters[1:])
 
 
 def test_gpu_time_is_asked_for_all_drawings_and_never_too_much():
-    assert app.gpu_seconds("a red box", 12, 4.0, 50) == 22
-    assert app.gpu_seconds("a red box on a blue box", 12, 4.0, 50) == 34
+    assert app.gpu_seconds("a red box", 12, 4.0, 50) == 28
+    assert app.gpu_seconds("a red box on a blue box", 12, 4.0, 50) == 46
     assert app.gpu_seconds("a cat, a dog and a cow", 24, 4.0, 50) == app.gpu_seconds("a box", 999, 4.0, 999) == 60
     assert app.gpu_seconds("a red box", "many", 4.0, 50) == app.gpu_seconds(None, 4, 4.0, 1) == 10
 
@@ -139,7 +139,7 @@ def test_a_broken_picture_ends_in_a_message_that_names_it(visitor, ring, tmp_pat
     ({"num_views": 99}, "num_views"), ({"num_views": "many"}, "num_views"), ({"guidance_scale": -3}, "guidance_scale"),
     ({"num_inference_steps": 10**9}, "num_inference_steps"), ({"elevation": 90}, "elevation"), ({"seed": -1}, "seed"),
     ({"consistency": 2}, "consistency"), ({"guidance_rescale": 2}, "guidance_rescale"),
-    ({"symmetry": "sideways"}, "symmetry"),
+    ({"symmetry": "sideways"}, "symmetry"), ({"skip_guidance_scale": -1}, "skip_guidance_scale"),
 ])
 def test_wrong_values_end_in_a_message(client, capfd, wrong, named):
     with pytest.raises(AppError, match=named) as error:

@@ -10,7 +10,7 @@ from tiny import plain_config, tiny_pipeline
 from coser.cameras import Cameras
 from coser.consistency import fused_views
 from coser.models.block import MIXERS
-from coser.pipeline import CoSERPipeline, fused_steps, rescaled
+from coser.pipeline import CoSERPipeline, fused_steps, heeding, rescaled
 from coser.rasterizer import render
 from coser.views import ViewSet
 
@@ -156,6 +156,7 @@ def test_given_latents_are_the_starting_noise(pipeline):
     ({"guidance_scale": 0.5}, r"guidance_scale must be a number from 1.0 to 100.0, got 0.5"),
     ({"consistency": 0.5}, "fuse must be a function where consistency is above 0, got None and 0.5"),
     ({"guidance_rescale": 1.5}, "guidance_rescale must be a number from 0.0 to 1.0, got 1.5"),
+    ({"skip_guidance_scale": -1}, "skip_guidance_scale must be a number from 0.0 to 100.0, got -1"),
     ({"consistency": 1.5}, "consistency must be a number from 0.0 to 1.0, got 1.5"),
     ({"guidance_scale": "4"}, r"guidance_scale must be a number from 1.0 to 100.0, got '4'"),
     ({"latents": torch.zeros(5, 4, 16, 16)}, r"latents must be \[4, 4, 16, 16\], got \[5, 4, 16, 16\]"),
@@ -260,6 +261,42 @@ def test_guidance_rescale_takes_back_that_share_of_what_guidance_adds_to_all_vie
     guided = (free + 3 * (prompted - free))[:, None, None] + 2.5 * pattern
     wanted = torch.lerp(guided, prompted[:, None, None] + 1.5 * pattern, share)
     torch.testing.assert_close(denoised, wanted, rtol=0, atol=1e-3)
+
+
+def test_heeding_views_move_apart_from_lonely_ones_and_keep_each_views_mean_and_spread():
+    generator = torch.Generator().manual_seed(0)
+    denoised, prompted, apart = torch.randn(3, 5, 4, 8, 8, generator=generator) * 2 + 0.5
+    assert torch.allclose(heeding(denoised, prompted, apart, 0.0), denoised, atol=1e-5)
+    assert torch.allclose(heeding(denoised, prompted, prompted, 3.0), denoised, atol=1e-5)  # they heed nothing
+    moved = heeding(denoised, prompted, apart, 1.5)
+    for figure in (torch.mean, torch.std):
+        assert torch.allclose(figure(moved, (2, 3)), figure(denoised, (2, 3)), atol=1e-5)
+    both = torch.stack([(moved - denoised).flatten(), (prompted - apart).flatten()])
+    assert float(torch.corrcoef(both)[0, 1]) > 0.5
+    brighter = prompted + torch.tensor([1.0, -2.0, 0.5, 3.0])[:, None, None]  # what is the same all over a view
+    assert torch.allclose(heeding(denoised, brighter, apart, 1.5), moved, atol=1e-4)
+
+
+def test_skip_guidance_asks_once_more_for_the_prompt_alone_with_every_module_skipped(pipeline, monkeypatch):
+    asked = []
+    forward = type(pipeline.unet).forward
+
+    def noted(self, latents, timestep, states, *arguments, **named):
+        asked.append((len(latents), named["mixers"]))
+        return forward(self, latents, timestep, states, *arguments, **named)
+
+    monkeypatch.setattr(type(pipeline.unet), "forward", noted)
+    plain = draw(pipeline, num_inference_steps=2)
+    assert asked == [(2, None)] * 2
+    for scale, mixers, calls in ((1.5, None, [(2, None), (1, ())]), (1.5, ("glance",), [(2, ("glance",)), (1, ())]),
+                                 (1.5, (), [(2, ())]), (0.0, None, [(2, None)])):
+        asked.clear()
+        draw(pipeline, num_inference_steps=2, skip_guidance_scale=scale, mixers=mixers)
+        assert asked == calls * 2, (scale, mixers)
+    asked.clear()
+    draw(pipeline, guidance_scale=1.0, skip_guidance_scale=1.0)
+    assert asked == [(1, None), (1, ())] * 2  # by itself, too
+    assert not torch.equal(draw(pipeline, skip_guidance_scale=1.5).latents, plain.latents)
 
 
 def test_few_steps_and_many_are_fused_twice_and_late():

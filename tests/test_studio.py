@@ -43,6 +43,7 @@ def studio(monkeypatch):
     ("randomize_seed", 1, "true or false"), ("consistency", 1.1, "0 to 1"), ("consistency", "much", "0 to 1"),
     ("mixers", ("adjacent", "spoon"), "adjacent, trajectory, glance, rectification"), ("mixers", "glance", "adjacent"),
     ("one_by_one", "yes", "true or false"), ("guidance_rescale", -0.1, "0 to 1"),
+    ("skip_guidance_scale", 6.5, "0 to 6"), ("skip_guidance_scale", "far", "0 to 6"),
     ("symmetry", "sideways", "none, auto, mirror, back, both, quarter, round"), ("symmetry", None, "none, auto"),
 ])
 def test_wrong_request_names_argument_and_what_is_allowed(name, value, allowed):
@@ -214,11 +215,12 @@ def test_a_mixer_that_is_left_out_is_switched_off(studio, tmp_path):
         assert studio.pipeline.mixers == passed
 
 
-def test_guidance_is_rescaled_as_asked(studio, tmp_path):
+@pytest.mark.parametrize("name", ["guidance_rescale", "skip_guidance_scale"])
+def test_views_are_guided_as_asked(studio, tmp_path, name):
     for asked in (0.25, 1.0):
-        with closing(studio.generate(replace(REQUEST, guidance_rescale=asked), tmp_path / "box.glb")) as run:
+        with closing(studio.generate(replace(REQUEST, **{name: asked}), tmp_path / "box.glb")) as run:
             next(run), next(run), next(run)
-        assert studio.pipeline.guidance_rescale == asked
+        assert getattr(studio.pipeline, name) == asked
 
 
 @pytest.mark.parametrize("asked, passed, said", [
