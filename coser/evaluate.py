@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from coser import evaluate_mixers, evaluate_prompts, evaluate_surface, evaluate_table
+from coser import evaluate_differences, evaluate_mixers, evaluate_prompts, evaluate_surface, evaluate_table
 from coser.agreement import cross_render_psnr
 from coser.cameras import ELEVATION, Cameras
 from coser.caption_states import captions_of, encode_captions
@@ -149,6 +149,9 @@ def parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(evaluate_table.VERB, help="all figures of quality, beside true and shuffled renders")
     evaluate_table.add_options(verb)
     verb.set_defaults(run=evaluate_table.run)
+    verb = verbs.add_parser(evaluate_differences.VERB, help="what tables of the same prompts differ in, prompt by prompt")
+    evaluate_differences.add_options(verb)
+    verb.set_defaults(run=evaluate_differences.run)
     verb = verbs.add_parser(evaluate_surface.VERB, help="surfaces and textures against the true assets and baselines")
     evaluate_surface.add_options(verb)
     verb.set_defaults(run=evaluate_surface.run)

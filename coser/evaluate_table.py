@@ -43,8 +43,8 @@ from coser.views import ViewSet, views_to_uint8
 from coser.vocabulary import sentence_embedder
 
 VERB = "table"
-WORDS = ("object_right", "object_named", "object_in_5", "color_right", "both_right", "both_named", "kinds_in_2",
-         "kinds_in_5", "kinds_apart", "caption_fit")
+WORDS = ("object_right", "object_named", "object_in_5", "object_log_likelihood", "color_right", "both_right",
+         "both_named", "kinds_in_2", "kinds_in_5", "kinds_apart", "caption_fit")
 
 
 def draw_rings(pipeline: CoSERPipeline, questions: list[Question], folder: Path, seed: int = 0,
@@ -146,7 +146,8 @@ def judge_figures(judge: Asked, reference: Tensor, ring: Ring, views: ViewSet,
         verdict = judge.verdict(said.embeddings, ring.object, color)
         named = is_name_of(verdict.top_objects[0], ring.kind)
         figures |= {"object_right": float(verdict.object_rank == 1), "object_named": float(named),
-                    "object_in_5": float(verdict.object_rank <= 5)}
+                    "object_in_5": float(verdict.object_rank <= 5),
+                    "object_log_likelihood": verdict.object_log_likelihood}
         if color:
             figures |= {"color_right": float(verdict.color_rank == 1),
                         "both_right": float(verdict.object_rank == 1 == verdict.color_rank),

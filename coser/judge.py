@@ -95,13 +95,15 @@ class Verdict:
     """A ring of views against the words it was asked for.
 
     object_rank, color_rank: place of the word among all that the judge knows, 1 = its first guess; color_rank is None
-    when no colour was asked for. top_objects, top_colors: its first guesses, best first.
+    when no colour was asked for. top_objects, top_colors: its first guesses, best first. object_log_likelihood: the
+    logarithm of the probability that it gives the object's word.
     """
 
     object_rank: int
     color_rank: int | None
     top_objects: tuple[str, ...]
     top_colors: tuple[str, ...]
+    object_log_likelihood: float
 
 
 class Asked:
@@ -144,7 +146,8 @@ class Asked:
         objects, colors = self.name_kinds(ring)[0], self.name_colors(ring)[0]
         return Verdict(_rank(objects, self.config.kinds, kind),
                        None if color_word is None else _rank(colors, self.config.colors, color_word),
-                       first_guesses(objects, self.config.kinds), first_guesses(colors, self.config.colors))
+                       first_guesses(objects, self.config.kinds), first_guesses(colors, self.config.colors),
+                       float(objects.log_softmax(-1)[self.config.kinds.index(kind)]))
 
     @property
     def janus_rule(self) -> dict[str, float]:

@@ -135,6 +135,9 @@ def test_verdicts_are_the_judges(box):
         figures = judge_figures(always(kind, color), reference, asked, views, cameras)
         assert (figures["object_right"], figures["color_right"]) == right and figures["both_right"] == 0
         assert "janus" not in figures, "a box has no front"
+    sure, wrong = (judge_figures(always(kind, "red"), reference, asked, views, cameras)["object_log_likelihood"]
+                   for kind in ("box", "ball"))
+    assert sure > np.log(0.5) > wrong
     every_side_alike = judge_figures(always("ball", "red"), reference, ring("x", "ball", "red"), views, cameras)
     assert every_side_alike["janus"] == 1
     unknown = judge_figures(always("ball", "red"), reference, ring("x", "violin", "gold"), views, cameras)

@@ -97,6 +97,10 @@ def test_a_verdict_ranks_the_words_that_were_asked_for(knowing, painted_cube, mo
     assert verdict.top_objects == ("tree", "cube", "ball") and verdict.top_colors == ("blue", "red")
     verdict = knowing.object_and_color(painted_cube, "ball")
     assert (verdict.object_rank, verdict.color_rank) == (3, None)
+    told = [knowing.object_and_color(painted_cube, kind).object_log_likelihood for kind in ("ball", "cube", "tree")]
+    assert torch.tensor(told).exp().sum() == pytest.approx(1, abs=1e-5)  # of all kinds, one it is
+    length = views.mean(0).norm()  # cosines of the mean's direction, times the scale
+    assert told[2] - told[0] == pytest.approx(float(knowing.scale.detach() * 0.4 / length), rel=1e-4)
     with pytest.raises(ValueError, match="'heart'"):
         knowing.object_and_color(painted_cube, "heart", "red")
     with pytest.raises(ValueError, match="blue, red, got 'mauve'"):
