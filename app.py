@@ -24,6 +24,7 @@ from coser.request import (COLORING, CONSISTENCY, GUIDANCE_RESCALE, GUIDANCE_SCA
                            AssetOptions, GenerationRequest)
 from coser.scene_prompts import scene_plan
 from coser.sessions import KEPT_SECONDS
+from coser.stage import ALPHA, BETA
 from coser.studio import SMALL, Studio, log_to_terminal
 from desk import Desk, something_ready, status_line
 
@@ -67,31 +68,34 @@ def gpu_seconds(prompt, num_views, guidance_scale, num_inference_steps, *_) -> i
 
 def setting_inputs(mixers: tuple[str, ...]) -> list[gr.components.Component]:
     """The sliders, in the order of GenerationRequest's fields after the prompt. mixers: what the checkpoint has."""
-    num_views = gr.Slider(*NUM_VIEWS, DEFAULTS.num_views, step=1, label="Views", info="a ring around it",
-                          elem_id="num-views")
-    guidance_scale = gr.Slider(*GUIDANCE_SCALE, DEFAULTS.guidance_scale, step=0.5, label="Guidance",
-                               info="by the prompt", elem_id="guidance-scale")
-    steps = gr.Slider(*NUM_INFERENCE_STEPS, DEFAULTS.num_inference_steps, step=1, label="Steps",
-                      info="finer, slower", elem_id="steps")
-    elevation = gr.Slider(*ELEVATIONS, DEFAULTS.elevation, step=1, label="Elevation", info="degrees up",
-                          elem_id="elevation")
-    with gr.Column(min_width=200):
-        seed = gr.Number(DEFAULTS.seed, precision=0, minimum=SEED[0], maximum=SEED[1], label="Seed",
-                         info="same seed, same object", elem_id="seed")
-        randomize = gr.Checkbox(True, label="New seed every time", container=False, elem_id="randomize-seed")
-    consistency = gr.Slider(*CONSISTENCY, DEFAULTS.consistency, step=0.1, label="Consistency",
-                            info="views fused", elem_id="consistency")
-    modules = gr.CheckboxGroup([(MIXER_NAMES[name], name) for name in mixers], value=list(mixers),
-                               label="Modules between views", info="switch one off to see what it does", scale=3,
-                               elem_id="mixers")
-    symmetry = gr.Dropdown([(SYMMETRY_NAMES[name], name) for name in SYMMETRY], value=DEFAULTS.symmetry,
-                           label="Symmetry", info="sides that shall be alike", elem_id="symmetry")
-    one_by_one = gr.Checkbox(DEFAULTS.one_by_one, label="Several objects one by one", elem_id="one-by-one",
-                             info="then put together: a lantern on a barrel")
-    guidance_rescale = gr.Slider(*GUIDANCE_RESCALE, DEFAULTS.guidance_rescale, step=0.1, label="Guidance rescale",
-                                 info="true colours", elem_id="guidance-rescale")
-    skip_guidance_scale = gr.Slider(*SKIP_GUIDANCE_SCALE, DEFAULTS.skip_guidance_scale, step=0.5, label="Skip guidance",
-                                    info="by each other", elem_id="skip-guidance-scale")
+    with gr.Row():
+        num_views = gr.Slider(*NUM_VIEWS, DEFAULTS.num_views, step=1, label="Views", info="a ring around it",
+                              elem_id="num-views")
+        guidance_scale = gr.Slider(*GUIDANCE_SCALE, DEFAULTS.guidance_scale, step=0.5, label="Guidance",
+                                   info="by the prompt", elem_id="guidance-scale")
+        steps = gr.Slider(*NUM_INFERENCE_STEPS, DEFAULTS.num_inference_steps, step=1, label="Steps",
+                          info="finer, slower", elem_id="steps")
+        elevation = gr.Slider(*ELEVATIONS, DEFAULTS.elevation, step=1, label="Elevation", info="degrees up",
+                              elem_id="elevation")
+    with gr.Row():
+        consistency = gr.Slider(*CONSISTENCY, DEFAULTS.consistency, step=0.1, label="Consistency", info="views fused",
+                                elem_id="consistency")
+        guidance_rescale = gr.Slider(*GUIDANCE_RESCALE, DEFAULTS.guidance_rescale, step=0.1, label="Guidance rescale",
+                                     info="true colours", elem_id="guidance-rescale")
+        skip_guidance_scale = gr.Slider(*SKIP_GUIDANCE_SCALE, DEFAULTS.skip_guidance_scale, step=0.5,
+                                        label="Skip guidance", info="by each other", elem_id="skip-guidance-scale")
+        symmetry = gr.Dropdown([(SYMMETRY_NAMES[name], name) for name in SYMMETRY], value=DEFAULTS.symmetry,
+                               label="Symmetry", info="sides that shall be alike", elem_id="symmetry")
+    with gr.Row():
+        modules = gr.CheckboxGroup([(MIXER_NAMES[name], name) for name in mixers], value=list(mixers), scale=2,
+                                   label="Modules between views", info="switch one off to see what it does",
+                                   elem_id="mixers")
+        one_by_one = gr.Checkbox(DEFAULTS.one_by_one, label="Several objects one by one", elem_id="one-by-one",
+                                 info="then put together: a lantern on a barrel")
+        with gr.Column(min_width=200):
+            seed = gr.Number(DEFAULTS.seed, precision=0, minimum=SEED[0], maximum=SEED[1], label="Seed",
+                             info="same seed, same object", elem_id="seed")
+            randomize = gr.Checkbox(True, label="New seed every time", container=False, elem_id="randomize-seed")
     return [num_views, guidance_scale, steps, elevation, seed, randomize, consistency, modules, symmetry, one_by_one,
             guidance_rescale, skip_guidance_scale]
 
@@ -130,7 +134,7 @@ def build_app(studio: Studio, root: Path) -> gr.Blocks:
                 gallery = gr.Gallery([(e.thumbnail(), e.request.prompt) for e in examples], show_label=False,
                                      columns=12, allow_preview=False, object_fit="contain", interactive=False,
                                      container=False, buttons=[], visible=bool(examples), elem_id="examples")
-                with gr.Accordion("Settings", open=False, elem_id="settings"), gr.Row():
+                with gr.Accordion("Settings", open=False, elem_id="settings"):
                     settings = setting_inputs(studio.mixers)
             with gr.Tab("From your own views", elem_id="own"):
                 with gr.Row():
@@ -152,7 +156,7 @@ def build_app(studio: Studio, root: Path) -> gr.Blocks:
             with gr.Column(min_width=320):
                 gr.HTML("3D model, drag to turn", elem_classes="heading")
                 model = gr.Model3D(label="3D model", show_label=False, height=426, interactive=False,
-                                   clear_color=(1.0, 1.0, 1.0, 1.0), camera_position=(60, 75, None), elem_id="model")
+                                   clear_color=(1.0, 1.0, 1.0, 1.0), camera_position=(ALPHA, BETA, None), elem_id="model")
                 with gr.Row(elem_id="take"):
                     shown = gr.Radio([("Mesh", "glb"), ("Splats", "splat")], value="glb", show_label=False,
                                      container=False, scale=1, interactive=False, elem_id="shown")

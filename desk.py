@@ -15,6 +15,7 @@ from coser.own_views import load_views
 from coser.reconstruction.exports import FORMATS, export
 from coser.request import MODULES, SYMMETRY, AssetOptions, GenerationRequest
 from coser.sessions import current_run, file_name, remove_old_runs, run_folder, session_folder, set_current_run
+from coser.stage import ALPHA, BETA, box_of, viewing_distance
 from coser.studio import RunUpdate, Studio
 
 STOP = "stop"  # a file of this name in a session's folder asks its run to end; files reach ZeroGPU's worker process too
@@ -169,9 +170,9 @@ class Desk:
             raise told(error) from error
         return path
 
-    def look(self, shown: str, glb: str | None, request: gr.Request) -> str | None:
+    def look(self, shown: str, glb: str | None, request: gr.Request) -> gr.Model3D:
         """What the viewer shows of the object on the stage: its mesh, or Gaussian splats seeded from the surface."""
-        return str(self._exported(shown, request)) if shown == "splat" else glb
+        return on_stage(glb, self._exported(shown, request) if shown == "splat" else None)
 
     def show(self, chosen: gr.SelectData, request: gr.Request):
         """Put a finished example on the stage and its prompt and settings into their fields; nothing is computed."""
@@ -185,7 +186,7 @@ class Desk:
         return (asked.prompt, asked.num_views, asked.guidance_scale, asked.num_inference_steps, asked.elevation,
                 asked.seed, False, asked.consistency, list(self.studio.mixers_for(asked)), asked.symmetry,
                 asked.one_by_one, asked.guidance_rescale, asked.skip_guidance_scale,
-                status_line("example", message), str(example.views), str(example.glb),
+                status_line("example", message), str(example.views), on_stage(str(example.glb)),
                 gr.DownloadButton(value=str(example.glb), interactive=True), nothing_ready(), mesh_shown(False),
                 *[gr.Button(interactive=False)] * 2)
 
@@ -201,7 +202,7 @@ class Desk:
             status = status_line("stopped", "This run ended early; the message says why.")
         made = current_run(self.folder(request)) is not None
         return (status, *[gr.Button(interactive=True)] * 2, *[gr.Button(interactive=made)] * 2,
-                gr.Button(interactive=False), glb, gr.DownloadButton(interactive=glb is not None), mesh_shown(made))
+                gr.Button(interactive=False), on_stage(glb), gr.DownloadButton(interactive=glb is not None), mesh_shown(made))
 
     def leave(self, request: gr.Request):
         """A visitor closed the page: a run of theirs must not keep the others waiting."""
@@ -222,6 +223,13 @@ def something_ready() -> gr.File:
 def nothing_ready() -> gr.File:
     """The place of a prepared file, empty and out of sight."""
     return gr.File(value=None, visible=False)
+
+
+def on_stage(glb: str | None, splats: Path | None = None) -> gr.Model3D:
+    """The viewer with a GLB, or with splats of the same object in its place, from where all of it is to be seen."""
+    if glb is None:
+        return gr.Model3D(value=None)
+    return gr.Model3D(value=str(splats or glb), camera_position=(ALPHA, BETA, viewing_distance(box_of(glb))))
 
 
 def mesh_shown(interactive: bool) -> gr.Radio:

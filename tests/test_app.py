@@ -25,6 +25,7 @@ from coser.examples import load_examples
 from coser.models.block import MIXERS
 from coser.pipeline import CoSERPipeline
 from coser.request import MODULES
+from coser.stage import box_of, viewing_distance
 from coser.studio import Studio
 
 ASSET = {"max_faces": 500, "texture_size": 512}
@@ -184,7 +185,9 @@ def test_a_chosen_example_fills_the_fields_with_what_it_was_made_from(desk):
         assert shown.value == "glb" and not other.visible
         assert not any(part.interactive for part in (shown, refine, prepare))
         assert desks.checked(prompt, *settings) == example.request
-        assert (views, model) == (str(example.views), str(example.glb))
+        assert views == str(example.views) and Path(model.value["path"]).read_bytes() == example.glb.read_bytes()
+        *direction, distance = model.camera_position
+        assert direction == [60, 75] and distance == pytest.approx(viewing_distance(box_of(example.glb)))
         assert Path(download.value["path"]).read_bytes() == example.glb.read_bytes()
         assert "Pre-made example" in status["message"] and f"“{example.checkpoint}”" in status["message"]
 
