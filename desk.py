@@ -13,6 +13,7 @@ from coser.examples import Example
 from coser.finishing import FinishedAsset, load_finished, save_finished
 from coser.own_views import load_views
 from coser.reconstruction.exports import FORMATS, export
+from coser.reconstruction.placement import place
 from coser.request import MODULES, SYMMETRY, AssetOptions, GenerationRequest
 from coser.sessions import current_run, file_name, remove_old_runs, run_folder, session_folder, set_current_run
 from coser.stage import ALPHA, BETA, box_of, viewing_distance
@@ -158,13 +159,17 @@ class Desk:
                            print_exception=False)
         return str(self._exported(format, request))
 
-    def _exported(self, format: str, request: gr.Request) -> Path:
-        """The file of the object made last in a format, written when first asked for."""
+    def _exported(self, format: str, request: gr.Request, in_the_middle: bool = False) -> Path:
+        """The file of the object made last in a format, written when first asked for.
+
+        in_the_middle: around (0, 0, 0) and one metre large, as the viewer of splats takes for granted.
+        """
         run_file, asset = self._current(request)
-        path = run_file.with_name(run_file.stem + FORMATS[format].suffix)
+        path = run_file.with_name(run_file.stem + "-in-the-middle" * in_the_middle + FORMATS[format].suffix)
         try:
             if not path.exists():
-                export(format, asset.mesh, asset.surface.views, asset.surface.cameras, path,
+                mesh = place(asset.mesh, "center") if in_the_middle else asset.mesh
+                export(format, mesh, asset.surface.views, asset.surface.cameras, path,
                        extras=json.loads(run_file.read_text("utf-8")))
         except (ValueError, OSError) as error:
             raise told(error) from error
@@ -172,7 +177,7 @@ class Desk:
 
     def look(self, shown: str, glb: str | None, request: gr.Request) -> gr.Model3D:
         """What the viewer shows of the object on the stage: its mesh, or Gaussian splats seeded from the surface."""
-        return on_stage(glb, self._exported(shown, request) if shown == "splat" else None)
+        return on_stage(glb, self._exported(shown, request, in_the_middle=True) if shown == "splat" else None)
 
     def show(self, chosen: gr.SelectData, request: gr.Request):
         """Put a finished example on the stage and its prompt and settings into their fields; nothing is computed."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
+import numpy as np
 import pytest
 import torch
 import trimesh
@@ -22,9 +23,12 @@ import app
 import desk as desks
 from coser.cameras import Cameras
 from coser.examples import load_examples
+from coser.finishing import finish_asset, save_finished
 from coser.models.block import MIXERS
 from coser.pipeline import CoSERPipeline
-from coser.request import MODULES
+from coser.reconstruction import find_surface, save_glb
+from coser.request import MODULES, AssetOptions
+from coser.sessions import run_folder, set_current_run
 from coser.stage import box_of, viewing_distance
 from coser.studio import Studio
 
@@ -190,6 +194,26 @@ def test_a_chosen_example_fills_the_fields_with_what_it_was_made_from(desk):
         assert direction == [60, 75] and distance == pytest.approx(viewing_distance(box_of(example.glb)))
         assert Path(download.value["path"]).read_bytes() == example.glb.read_bytes()
         assert "Pre-made example" in status["message"] and f"“{example.checkpoint}”" in status["message"]
+
+
+def test_splats_stand_where_their_viewer_looks_whatever_the_assets_place_and_size(desk, tmp_path):
+    visitor = SimpleNamespace(session_hash="visitor")
+    cameras = Cameras.orbit(6)
+    options = AssetOptions(max_faces=500, texture_size=512, longest_side=20.0)
+    asset = finish_asset(find_surface(box_views("a red box", cameras), cameras, 32), options)
+    run = run_folder(desk.folder(visitor))
+    glb = str(save_glb(asset.mesh, run / "box.glb"))
+    (run / "box.json").write_text("{}")
+    save_finished(asset, run / desks.FINISHED)
+    set_current_run(desk.folder(visitor), run)
+    shown = {kind: desk.look(kind, glb, visitor) for kind in ("glb", "splat")}
+    assert Path(shown["glb"].value["path"]).read_bytes() == Path(glb).read_bytes()
+    assert shown["glb"].camera_position == shown["splat"].camera_position
+    seen, exported = (trimesh.load(path).vertices for path in (shown["splat"].value["path"], desk.export(
+        "splat", visitor)))
+    assert np.ptp(seen, axis=0).max() == pytest.approx(1, abs=0.02)
+    assert (seen.min(0) + seen.max(0)) / 2 == pytest.approx(np.zeros(3), abs=0.02)
+    assert np.ptp(exported, axis=0).max() == pytest.approx(20, abs=0.4) and exported[:, 1].max() < 0.4  # y down
 
 
 def test_the_page_offers_the_modules_of_its_checkpoint(client):
