@@ -16,7 +16,7 @@ from coser.reconstruction.exports import FORMATS, export
 from coser.reconstruction.placement import place
 from coser.request import MODULES, SYMMETRY, AssetOptions, GenerationRequest
 from coser.sessions import current_run, file_name, remove_old_runs, run_folder, session_folder, set_current_run
-from coser.stage import ALPHA, BETA, box_of, viewing_distance
+from coser.stage import ALPHA, BETA, SPLATS_SIDE, box_of, viewing_distance
 from coser.studio import RunUpdate, Studio
 
 STOP = "stop"  # a file of this name in a session's folder asks its run to end; files reach ZeroGPU's worker process too
@@ -162,13 +162,13 @@ class Desk:
     def _exported(self, format: str, request: gr.Request, in_the_middle: bool = False) -> Path:
         """The file of the object made last in a format, written when first asked for.
 
-        in_the_middle: around (0, 0, 0) and one metre large, as the viewer of splats takes for granted.
+        in_the_middle: around (0, 0, 0) and SPLATS_SIDE large, for there the viewer of splats looks, from a fixed distance.
         """
         run_file, asset = self._current(request)
         path = run_file.with_name(run_file.stem + "-in-the-middle" * in_the_middle + FORMATS[format].suffix)
         try:
             if not path.exists():
-                mesh = place(asset.mesh, "center") if in_the_middle else asset.mesh
+                mesh = place(asset.mesh, "center", SPLATS_SIDE) if in_the_middle else asset.mesh
                 export(format, mesh, asset.surface.views, asset.surface.cameras, path,
                        extras=json.loads(run_file.read_text("utf-8")))
         except (ValueError, OSError) as error:

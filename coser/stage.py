@@ -9,6 +9,7 @@ from pygltflib import GLTF2
 
 ALPHA, BETA = 60.0, 75.0  # degrees, of Babylon.js' ArcRotateCamera: round the object, and down from above it
 HALF_FOV = 0.4  # radians, of its camera, up and down; the viewer is at least as wide as it is high
+SPLATS_SIDE = 1.4  # metres, the longest side that fits into the picture of the viewer of splats
 MARGIN = 1.08  # room around the object, of its size
 
 

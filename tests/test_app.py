@@ -29,7 +29,7 @@ from coser.pipeline import CoSERPipeline
 from coser.reconstruction import find_surface, save_glb
 from coser.request import MODULES, AssetOptions
 from coser.sessions import run_folder, set_current_run
-from coser.stage import box_of, viewing_distance
+from coser.stage import SPLATS_SIDE, box_of, viewing_distance
 from coser.studio import Studio
 
 ASSET = {"max_faces": 500, "texture_size": 512}
@@ -211,7 +211,7 @@ def test_splats_stand_where_their_viewer_looks_whatever_the_assets_place_and_siz
     assert shown["glb"].camera_position == shown["splat"].camera_position
     seen, exported = (trimesh.load(path).vertices for path in (shown["splat"].value["path"], desk.export(
         "splat", visitor)))
-    assert np.ptp(seen, axis=0).max() == pytest.approx(1, abs=0.02)
+    assert np.ptp(seen, axis=0).max() == pytest.approx(SPLATS_SIDE, abs=0.03)
     assert (seen.min(0) + seen.max(0)) / 2 == pytest.approx(np.zeros(3), abs=0.02)
     assert np.ptp(exported, axis=0).max() == pytest.approx(20, abs=0.4) and exported[:, 1].max() < 0.4  # y down
 
