@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from coser.data.assets import with_article
+from coser.data.assets import in_color, with_article
 from coser.data.dataset import CHANNEL_ORDERS, Prefetched, Ring, is_copy, list_rings, step_generator
 from coser.data.index import is_repainted
 from coser.devices import choose_dtype
@@ -75,7 +75,7 @@ def is_kept_aside(ring: Ring) -> bool:
 
 def text_forms(ring: Ring) -> dict[str, list[str]]:
     """What people may type for an asset: one of FORMS => texts; none where colours are unknown."""
-    colored = [with_article(f"{ring.colors[0]} {noun}") for noun in (ring.object, ring.kind)] if ring.colors else []
+    colored = [in_color(ring.colors[0], noun) for noun in (ring.object, ring.kind)] if ring.colors else []
     return {"caption": list(ring.captions), "object": [with_article(ring.object)], "color_object": colored}
 
 

@@ -135,6 +135,8 @@ def test_short_captions_name_colour_and_object_and_kind():
     assert Ring(None, "a", "armchair", ("an armchair",), ()).short_captions == ("an armchair",)
     ring = Ring(None, "a", "oak tree", ("an oak tree",), ("orange",))
     assert ring.short_captions == ("an oak tree", "an orange oak tree", "an orange tree")
+    ring = Ring(None, "a", "red wooden box", ("a box",), ("red",))
+    assert ring.short_captions == ("a box", "a red wooden box", "a red box"), "the colour is said once"
 
 
 def test_a_folder_that_was_never_rendered_into_is_refused(tmp_path):

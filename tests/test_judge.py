@@ -11,7 +11,7 @@ from solids import cube, table
 
 from coser import train_judge
 from coser.cameras import Cameras
-from coser.data.assets import with_article
+from coser.data.assets import in_color, with_article
 from coser.data.dataset import Ring, list_rings
 from coser.judge import (Judgement, ViewJudge, azimuth_to_sector, color_histogram, is_janus, load_judge,
                          nearest_distances, ring_embedding, views_to_pictures)
@@ -275,6 +275,7 @@ def test_words_have_their_article_and_forms_leave_out_colours_that_are_not_known
     assert forms == {"caption": ["a oak tree"], "object": ["an oak tree"],
                      "color_object": ["a green oak tree", "a green tree"]}
     assert text_forms(a_ring(colors=()))["color_object"] == []
+    assert in_color("red", "red tree") == "a red tree" and in_color("red", "predator") == "a red predator"
 
 
 def test_repainted_copies_stay_on_the_side_of_their_shape():

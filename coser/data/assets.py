@@ -91,6 +91,11 @@ def with_article(words: str) -> str:
     return f"{'an' if words[0].lower() in 'aeiou' else 'a'} {words}"
 
 
+def in_color(color: str, words: str) -> str:
+    """"red" and "barrel" => "a red barrel"; words that name the colour themselves say it once."""
+    return with_article(words if color in words.split() else f"{color} {words}")
+
+
 def before_details(words: str) -> str:
     """What is named, before a preposition or a comma says more about it: "a red cat with a hat" => "a red cat"."""
     return DETAILS.split(words, 1)[0].strip()

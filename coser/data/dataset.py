@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from coser.cameras import Cameras
-from coser.data.assets import last_word, with_article
+from coser.data.assets import in_color, last_word
 from coser.data.index import INDEX, is_stretched, original_id, read_index
 from coser.data.render import load_ring, ring_to_views
 from coser.views import ViewSet, views_to_channels
@@ -73,7 +73,7 @@ class Ring:
         """
         if not self.colors or not self.object or is_stretched(self.asset_id):
             return self.captions[:1]
-        named = (with_article(f"{self.colors[0]} {name}") for name in (self.object, self.kind))
+        named = (in_color(self.colors[0], name) for name in (self.object, self.kind))
         return tuple(dict.fromkeys((self.captions[0], *named)))
 
     @property

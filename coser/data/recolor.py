@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from coser.data.assets import with_article
+from coser.data.assets import in_color
 from coser.data.dataset import Ring, first_rings, list_rings
 from coser.data.index import INDEX, is_repainted, original_id, read_index, repainted_id, write_index
 from coser.questions import QUESTIONS, load_questions
@@ -233,7 +233,7 @@ def paint_held_out_pairs(renders: Path, held_out: Path, folder: Path, seed: int 
             draw = np.random.default_rng([seed, zlib.crc32(new_id.encode())])
             paint = palette[color][draw.integers(len(palette[color]))]
             rows[new_id] = {"id": new_id, "object": ring.kind, "colors": [color],
-                            "captions": [with_article(f"{color} {ring.kind}")]}
+                            "captions": [in_color(color, ring.kind)]}
             painted = tensors | {"rgba": repaint(tensors["rgba"], worn[0], paint)}
             save_file({k: v.contiguous() for k, v in painted.items()}, folder / f"{new_id}-0.safetensors")
     write_index(folder, rows.values())
