@@ -57,6 +57,19 @@ def test_what_is_there_is_not_made_again(made):
     assert made.made() and {p for p, when in stamps(made).items() if when != before[p]} == {lost}
 
 
+def test_stretched_copies_that_join_later_are_repainted_too(assets, tmp_path):
+    first = RecipeRenders(tmp_path, assets, repainted=True, **SIZES)
+    first.make("cpu", 1, math.inf)
+    before = stamps(first)
+    later = RecipeRenders(tmp_path, assets, repainted=True, stretched=1, **SIZES)
+    assert first.made() and not later.made()
+    later.make("cpu", 1, math.inf)
+    assert later.made() and {p: when for p, when in stamps(later).items() if p in before} == before
+    repainted = [r.asset_id for r in list_rings(later.train) if is_repainted(r.asset_id)]
+    assert {is_stretched(asset_id) for asset_id in repainted} == {True, False}
+    assert later.figures()["of"] == later.count()
+
+
 def test_when_the_time_is_over_nothing_is_begun_and_the_next_call_goes_on(assets, tmp_path):
     renders = RecipeRenders(tmp_path, assets, scenes=2, repainted=True, stretched=2, **SIZES)
     renders.make("cpu", 1, time.perf_counter())
