@@ -83,7 +83,7 @@ def setting_inputs(mixers: tuple[str, ...]) -> list[gr.components.Component]:
         guidance_rescale = gr.Slider(*GUIDANCE_RESCALE, DEFAULTS.guidance_rescale, step=0.1, label="Guidance rescale",
                                      info="true colours", elem_id="guidance-rescale")
         skip_guidance_scale = gr.Slider(*SKIP_GUIDANCE_SCALE, DEFAULTS.skip_guidance_scale, step=0.5,
-                                        label="Skip guidance", info="by each other", elem_id="skip-guidance-scale")
+                                        label="Skip guidance", info="tidier objects", elem_id="skip-guidance-scale")
         symmetry = gr.Dropdown([(SYMMETRY_NAMES[name], name) for name in SYMMETRY], value=DEFAULTS.symmetry,
                                label="Symmetry", info="sides that shall be alike", elem_id="symmetry")
     with gr.Row():
@@ -156,7 +156,8 @@ def build_app(studio: Studio, root: Path) -> gr.Blocks:
             with gr.Column(min_width=320):
                 gr.HTML("3D model, drag to turn", elem_classes="heading")
                 model = gr.Model3D(label="3D model", show_label=False, height=426, interactive=False,
-                                   clear_color=(1.0, 1.0, 1.0, 1.0), camera_position=(ALPHA, BETA, None), elem_id="model")
+                                   clear_color=(1.0, 1.0, 1.0, 1.0), camera_position=(ALPHA, BETA, None),
+                                   elem_id="model")
                 with gr.Row(elem_id="take"):
                     shown = gr.Radio([("Mesh", "glb"), ("Splats", "splat")], value="glb", show_label=False,
                                      container=False, scale=1, interactive=False, elem_id="shown")

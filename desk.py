@@ -162,7 +162,7 @@ class Desk:
     def _exported(self, format: str, request: gr.Request, in_the_middle: bool = False) -> Path:
         """The file of the object made last in a format, written when first asked for.
 
-        in_the_middle: around (0, 0, 0) and SPLATS_SIDE large, for there the viewer of splats looks, from a fixed distance.
+        in_the_middle: around (0, 0, 0) and SPLATS_SIDE large, for there the viewer of splats looks, from one distance.
         """
         run_file, asset = self._current(request)
         path = run_file.with_name(run_file.stem + "-in-the-middle" * in_the_middle + FORMATS[format].suffix)
@@ -207,7 +207,8 @@ class Desk:
             status = status_line("stopped", "This run ended early; the message says why.")
         made = current_run(self.folder(request)) is not None
         return (status, *[gr.Button(interactive=True)] * 2, *[gr.Button(interactive=made)] * 2,
-                gr.Button(interactive=False), on_stage(glb), gr.DownloadButton(interactive=glb is not None), mesh_shown(made))
+                gr.Button(interactive=False), on_stage(glb), gr.DownloadButton(interactive=glb is not None),
+                mesh_shown(made))
 
     def leave(self, request: gr.Request):
         """A visitor closed the page: a run of theirs must not keep the others waiting."""

@@ -149,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(evaluate_table.VERB, help="all figures of quality, beside true and shuffled renders")
     evaluate_table.add_options(verb)
     verb.set_defaults(run=evaluate_table.run)
-    verb = verbs.add_parser(evaluate_differences.VERB, help="what tables of the same prompts differ in, prompt by prompt")
+    verb = verbs.add_parser(evaluate_differences.VERB, help="what tables of the same prompts differ in")
     evaluate_differences.add_options(verb)
     verb.set_defaults(run=evaluate_differences.run)
     verb = verbs.add_parser(evaluate_surface.VERB, help="surfaces and textures against the true assets and baselines")

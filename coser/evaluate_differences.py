@@ -42,7 +42,8 @@ def load_scores(path: str | Path, column: str = "generated") -> Scores:
 def differences(base: Scores, other: Scores) -> dict[str, Difference]:
     """Figure => what `other` has more of it than `base`, within the prompts that both were asked.
 
-    Figures that fewer than LEAST_PROMPTS prompts have in both are left out. Raises ValueError where no prompt is common.
+    Figures that fewer than LEAST_PROMPTS prompts have in both are left out. Raises ValueError where no prompt is in
+    both.
     """
     common = [prompt for prompt in base if prompt in other]
     if not common:
