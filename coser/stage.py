@@ -5,29 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from pygltflib import GLTF2
+import trimesh
 
 ALPHA, BETA = 60.0, 75.0  # degrees, of Babylon.js' ArcRotateCamera: round the object, and down from above it
 HALF_FOV = 0.4  # radians, of its camera, up and down; the viewer is at least as wide as it is high
 SPLATS_SIDE = 1.4  # metres, the longest side that fits into the picture of the viewer of splats
 MARGIN = 1.08  # room around the object, of its size
+TURNS = 90  # that are tried
 
 
-def box_of(glb: str | Path) -> np.ndarray:
-    """The sides [3] of the box around a GLB's vertices, along x, y and z, in metres; nodes must not move them."""
-    file = GLTF2().load_binary(str(glb))
-    positions = [file.accessors[part.attributes.POSITION] for mesh in file.meshes for part in mesh.primitives]
-    return np.max([p.max for p in positions], 0) - np.min([p.min for p in positions], 0)
+def vertices_of(glb: str | Path) -> np.ndarray:
+    """A GLB's vertices [V,3], metres."""
+    return np.asarray(trimesh.load(glb, force="mesh", process=False).vertices)
 
 
-def viewing_distance(sides: np.ndarray) -> float:
-    """How far from the middle of a box of these sides [3] the camera must be to see what turns inside it.
+def viewing_distance(vertices: np.ndarray) -> float:
+    """How far from the middle of their box the camera must be to see all of the vertices [V,3], turned about y or not.
 
-    Babylon's own distance is in proportion to the box's diagonal, and cut the tops of ladders and lanterns off.
+    Babylon's own distance is in proportion to the box's diagonal, and cut the tops of ladders off.
     """
-    slope, down = np.tan(HALF_FOV) / MARGIN, np.radians(90 - BETA)
-    turn, height = np.meshgrid(np.linspace(0, 2 * np.pi, 360, endpoint=False), [-sides[1] / 2, sides[1] / 2])
-    reach = np.hypot(sides[0], sides[2]) / 2  # of the rims that the corners draw when it is turned
-    sideways, towards = reach * np.sin(turn), reach * np.cos(turn) * np.cos(down) + height * np.sin(down)
-    upwards = height * np.cos(down) - reach * np.cos(turn) * np.sin(down)
-    return float((np.maximum(abs(sideways), abs(upwards)) / slope + towards).max())
+    x, height, z = (vertices - (vertices.min(0) + vertices.max(0)) / 2).T
+    reach, slope, down = np.hypot(x, z), np.tan(HALF_FOV) / MARGIN, np.radians(90 - BETA)
+    furthest = 0.0
+    for turn in np.linspace(0, np.pi, TURNS):  # the other half of a circle mirrors this one
+        out, aside = reach * np.cos(turn), reach * np.sin(turn)
+        towards, upwards = out * np.cos(down) + height * np.sin(down), height * np.cos(down) - out * np.sin(down)
+        furthest = max(furthest, float((np.maximum(aside, abs(upwards)) / slope + towards).max()))
+    return furthest
