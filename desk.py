@@ -13,10 +13,11 @@ from coser.examples import Example
 from coser.finishing import FinishedAsset, load_finished, save_finished
 from coser.own_views import load_views
 from coser.reconstruction.exports import FORMATS, export
+from coser.reconstruction.glb import glb_vertices
 from coser.reconstruction.placement import place
 from coser.request import MODULES, SYMMETRY, AssetOptions, GenerationRequest
 from coser.sessions import current_run, file_name, remove_old_runs, run_folder, session_folder, set_current_run
-from coser.stage import ALPHA, BETA, SPLATS_SIDE, vertices_of, viewing_distance
+from coser.stage import ALPHA, BETA, SPLATS_SIDE, viewing_distance
 from coser.studio import RunUpdate, Studio
 
 STOP = "stop"  # a file of this name in a session's folder asks its run to end; files reach ZeroGPU's worker process too
@@ -235,7 +236,7 @@ def on_stage(glb: str | None, splats: Path | None = None) -> gr.Model3D:
     """The viewer with a GLB, or with splats of the same object in its place, from where all of it is to be seen."""
     if glb is None:
         return gr.Model3D(value=None)
-    return gr.Model3D(value=str(splats or glb), camera_position=(ALPHA, BETA, viewing_distance(vertices_of(glb))))
+    return gr.Model3D(value=str(splats or glb), camera_position=(ALPHA, BETA, viewing_distance(glb_vertices(glb))))
 
 
 def mesh_shown(interactive: bool) -> gr.Radio:

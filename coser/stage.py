@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
-import trimesh
 
 ALPHA, BETA = 60.0, 75.0  # degrees, of Babylon.js' ArcRotateCamera: round the object, and down from above it
 HALF_FOV = 0.4  # radians, of its camera, up and down; the viewer is at least as wide as it is high
 SPLATS_SIDE = 1.4  # metres, the longest side that fits into the picture of the viewer of splats
 MARGIN = 1.08  # room around the object, of its size
 TURNS = 90  # that are tried
-
-
-def vertices_of(glb: str | Path) -> np.ndarray:
-    """A GLB's vertices [V,3], metres."""
-    return np.asarray(trimesh.load(glb, force="mesh", process=False).vertices)
 
 
 def viewing_distance(vertices: np.ndarray) -> float:

@@ -72,6 +72,14 @@ def save_glb(mesh: Mesh, path: str | Path, extras: dict | None = None) -> Path:
     return Path(path)
 
 
+def glb_vertices(path: str | Path) -> np.ndarray:
+    """The vertices [V,3] float32, metres, of a GLB that `save_glb` wrote."""
+    gltf = pygltflib.GLTF2().load_binary(str(path))
+    accessor = gltf.accessors[gltf.meshes[0].primitives[0].attributes.POSITION]
+    start = gltf.bufferViews[accessor.bufferView].byteOffset
+    return np.frombuffer(gltf.binary_blob(), "<f4", 3 * accessor.count, start).reshape(-1, 3)
+
+
 def png_bytes(picture: np.ndarray) -> bytes:
     """A picture, uint8 [H,W,3] or [H,W,4] or uint16 [H,W], as a PNG file's bytes."""
     file = io.BytesIO()
