@@ -14,7 +14,7 @@ from coser.quality_table import LINES
 
 VERB = "differences"
 LEAST_PROMPTS = 2  # a spread needs so many
-Scores = dict[str, dict[str, float]]
+Scores = dict[str, dict]
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Difference:
 
 
 def load_scores(path: str | Path, column: str = "generated") -> Scores:
-    """The figures of each ring of a table that `coser.evaluate table` wrote: prompt => name => figure.
+    """The row of each ring of a table that `coser.evaluate table` wrote: prompt => name => figure or text.
 
     path: the table's folder or its table.json. Raises ValueError where there is no table or no such column.
     """
     file = Path(path) / "table.json" if Path(path).is_dir() else Path(path)
     try:
         columns = json.loads(file.read_text("utf-8"))["rings"]
-        return {row["prompt"]: {k: v for k, v in row.items() if isinstance(v, float)} for row in columns[column]}
+        return {row["prompt"]: row for row in columns[column]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} must be a table of quality with a column {column!r}, got {error!r}") from error
 
@@ -86,4 +86,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     tables = [options.base, *options.others]
     base, *others = map(load_scores, tables)
-    print(differences_table(base, others, [table.stem if table.is_dir() else table.parent.name for table in tables]))
+    print(differences_table(base, others, [table.name if table.is_dir() else table.parent.name for table in tables]))

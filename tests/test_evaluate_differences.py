@@ -47,6 +47,11 @@ def test_a_table_differs_from_itself_by_nothing_at_all(two):
     assert all(d.mean == d.error == 0 for d in differences(scores, scores).values())
 
 
+def test_whole_numbers_are_figures_too(table):
+    folders = [table(name, rows(matches=matches)) for name, matches in (("base", [3, 5]), ("other", [4, 8]))]
+    assert differences(*map(load_scores, folders))["matches"].mean == 2
+
+
 def test_other_prompts_do_not_count_and_too_few_are_none(table):
     scores = load_scores(table("base", rows(object_right=[1.0, 0.0, 1.0])))
     some = load_scores(table("some", rows(object_right=[0.0, 0.0])))
@@ -58,11 +63,11 @@ def test_other_prompts_do_not_count_and_too_few_are_none(table):
 
 
 def test_the_command_prints_a_column_a_table(two, table, capsys):
-    third = table("third", rows(janus=[0.0, 1.0, 0.0, 0.0]))
+    third = table("v1.5", rows(janus=[0.0, 1.0, 0.0, 0.0]))
     options = evaluate.parser().parse_args(["differences", *map(str, (*two, third))])
     options.run(options)
     lines = capsys.readouterr().out.strip().splitlines()
-    assert lines[0] == "| mean over the prompts | prompts | base | other | third |"
+    assert lines[0] == "| mean over the prompts | prompts | base | other | v1.5 |"
     assert "| odd/even cross-render PSNR, dB | 3 | 25.0 | +1.0 ± 1.2 |  |" in lines
     assert "| object right, first guess of the judge | 4 | 50.0% | +25.0% ± 25.0% |  |" in lines
     assert "| Janus rings | 4 | 0.0% |  | +25.0% ± 25.0% |" in lines
