@@ -47,7 +47,8 @@ def encoded_rings(vae: ViewAutoencoder, vae_folder: Path, rings: list[Ring], cac
     """What `cache` holds for an autoencoder once `rings` are encoded, too: key => latents, key/elevation => [1].
 
     until: a reading of time.perf_counter() at which encoding stops, finished or not; rings go in an order that has
-    nothing to do with their names, so that those encoded by then are a fair sample.
+    nothing to do with their names, so that those encoded by then are a fair sample. Several processes may encode
+    different rings into one cache at once.
     """
     weights = weights_hash(vae_folder)
     cache.mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,8 @@ def encoded_rings(vae: ViewAutoencoder, vae_folder: Path, rings: list[Ring], cac
         fresh[ring.key] = vae.views_to_latents(views).half().cpu().contiguous()
         fresh[f"{ring.key}/elevation"] = stored["elevations"].mean().reshape(1)
         if len(fresh) >= 400 or i == len(missing) or late:
-            with whole_file(cache / f"{weights}-{len(tensors):06d}.safetensors") as writing:
+            first = zlib.crc32(next(iter(fresh)).encode())  # which no other process encodes at the same time
+            with whole_file(cache / f"{weights}-{first:08x}.safetensors") as writing:
                 save_file(fresh, writing)
             tensors |= fresh
             fresh = {}

@@ -175,13 +175,26 @@ def load_autoencoder(options: argparse.Namespace) -> tuple[ViewAutoencoder, View
     return stored, computing.eval()
 
 
+def rings_to_train_on(options: argparse.Namespace) -> list[Ring]:
+    """Those the options ask for, whether encoded or not, and of whichever elevation."""
+    rings = list_rings(options.renders, options.limit, options.min_kind_count)
+    return rings + [ring.mirror() for ring in rings] if options.mirror else rings
+
+
+def encode_together(options: argparse.Namespace, vae: ViewAutoencoder, peers: Peers) -> None:
+    """Every process encodes its share of the rings; once this returns, the latents of all of them are in files."""
+    if peers.size > 1 and not options.encoded_only:
+        mine = rings_to_train_on(options)[peers.rank::peers.size]
+        encoded_rings(vae, options.autoencoder, mine, cache_folder(options))
+        peers.wait()
+
+
 def prepare(options: argparse.Namespace, pipeline: CoSERPipeline, until: float = math.inf) -> TrainingData:
     """Encodes what is not encoded yet, rings and captions, and loads it: the next start finds all of it in files.
 
     until: a reading of time.perf_counter() at which encoding the rings to train on stops; the others are left out.
     """
-    rings = list_rings(options.renders, options.limit, options.min_kind_count)
-    rings += [ring.mirror() for ring in rings] if options.mirror else []
+    rings = rings_to_train_on(options)
     held_out = list_rings(options.held_out)[:HELD_OUT_RINGS]
     cache = cache_folder(options)
     held_latents = encode_rings(pipeline.vae, options.autoencoder, held_out, cache)
@@ -212,6 +225,7 @@ def train(options: argparse.Namespace, loop: Options, peers: Peers) -> None:
     torch.manual_seed(options.seed)
     stored_vae, vae = load_autoencoder(options)
     pipeline = small_pipeline(options, vae, latent_size(list_rings(options.renders)[0]))
+    encode_together(options, vae, peers)
     with peers.first_goes_ahead():
         unet, data = pipeline.unet, prepare(options, pipeline)
     rings, held_out, texts, latents = data.rings, data.held_out, data.texts, data.latents

@@ -14,7 +14,7 @@ from coser.data.render import load_ring
 from coser.flow import SHIFT, TRAINING_SHIFT, flow_loss, noise_levels, small_scheduler
 from coser.latents import encode_rings
 from coser.models.block import MIXERS
-from coser.train_denoiser import drop_mixers, view_counts_of
+from coser.train_denoiser import drop_mixers, encode_together, rings_to_train_on, view_counts_of
 
 
 def test_noise_levels_lie_between_nothing_and_all_shifted_towards_noise():
@@ -86,6 +86,33 @@ def test_mirror_images_have_latents_and_elevations_of_their_own(renders, pipelin
     torch.testing.assert_close(latents[0], pipeline.vae.views_to_latents(views).half())
     torch.testing.assert_close(latents[1], pipeline.vae.views_to_latents(mirror_views(views)).half())
     assert elevations[0] == elevations[1] and not torch.equal(latents[0], latents[1])
+
+
+def test_processes_share_the_encoding_and_all_latents_lie_in_files_then(renders, pipeline, pipeline_folder, tmp_path):
+    vae, met = pipeline_folder / "vae", []
+    shutil.copytree(renders[0], tmp_path / "renders", ignore=shutil.ignore_patterns("latents"))
+    cache = tmp_path / "renders" / "latents"
+    options = SimpleNamespace(renders=cache.parent, limit=None, min_kind_count=1, mirror=True, autoencoder=vae)
+
+    def encode(rank, size, encoded_only):
+        options.encoded_only = encoded_only
+        encode_together(options, pipeline.vae, SimpleNamespace(rank=rank, size=size, wait=lambda: met.append(rank)))
+
+    encode(0, 1, False)  # one alone has nobody to share with
+    encode(0, 2, True)
+    assert not cache.exists() and not met
+    rings = rings_to_train_on(options)
+    assert [ring.mirrored for ring in rings] == [False] * 3 + [True] * 3
+    for rank in (0, 1):
+        encode(rank, 2, False)
+        there = set().union(*(load_file(file) for file in cache.glob("*.safetensors")))
+        assert {r.key for r in rings if r.key in there} == {r.key for i, r in enumerate(rings) if i % 2 <= rank}
+    assert met == [0, 1]
+    files = sorted(cache.iterdir())
+    together, _ = encode_rings(pipeline.vae, vae, rings, cache)
+    alone, _ = encode_rings(pipeline.vae, vae, rings, tmp_path / "alone")
+    assert sorted(cache.iterdir()) == files, "nothing was left to encode"
+    assert all(torch.equal(a, b) for a, b in zip(together, alone))
 
 
 def test_latents_are_encoded_once_for_each_ring_and_autoencoder(renders, pipeline, pipeline_folder, tmp_path, capsys):
