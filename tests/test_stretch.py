@@ -124,6 +124,13 @@ def test_copies_lie_beside_the_rings_of_the_assets_and_are_none(tmp_path):
     assert {p: p.stat().st_mtime_ns for p in folder.glob("*.safetensors")} == before
 
 
+def test_kinds_of_few_assets_can_be_left_out(tmp_path):
+    write_packed_assets(tmp_path / "assets")
+    main([str(tmp_path / "assets"), str(tmp_path / "rings"), "--split", "train", "--min-object-count", "2",
+          "--num-views", "4", "--size", "64", "--workers", "1"])
+    assert [r.asset_id for r in list_rings(tmp_path / "rings")] == ["cube-a~stretched0", "cube-b~stretched0"]
+
+
 def test_stretched_copies_are_repainted_like_assets(tmp_path):
     assets = list_assets(write_assets(tmp_path / "assets"), "train")
     render_assets(assets, tmp_path / "rings", **SIZES)

@@ -131,6 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("renders", type=Path, help="where the rings go, beside others or into a folder of their own")
     parser.add_argument("--split", help="only this split of a packed folder")
     parser.add_argument("--min-quality", type=int, default=0)
+    parser.add_argument("--min-object-count", type=int, default=1, help="only kinds with so many assets")
     parser.add_argument("--limit", type=int, help="so many of the assets")
     parser.add_argument("--copies", type=int, default=1, help="of each asset (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="other copies of the same names, for another folder")
@@ -140,7 +141,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
     try:
-        assets = list_assets(options.assets, options.split, options.min_quality, limit=options.limit)
+        assets = list_assets(options.assets, options.split, options.min_quality, options.min_object_count,
+                             limit=options.limit)
     except ValueError as error:
         parser.exit(1, f"coser: {error}\n")
     written = render_stretched(assets, options.renders, options.copies, options.seed, options.num_views, options.size,
