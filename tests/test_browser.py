@@ -186,10 +186,15 @@ def picture(canvas) -> np.ndarray:
 
 
 def drawn(page, canvas) -> np.ndarray:
-    """The canvas once it shows an object: not one flat colour; fails when that does not happen."""
+    """The canvas once it shows an object, not one flat colour, and keeps still; fails when that does not happen.
+
+    A viewer shows a new object from a distance of its own first, for as long as a slow machine takes to be told ours.
+    """
+    before = None
     for _ in range(60):
         shown = picture(canvas)
-        if (np.abs(shown - shown[0, 0]).max(-1) > 30).mean() > 0.02:
+        if (np.abs(shown - shown[0, 0]).max(-1) > 30).mean() > 0.02 and np.array_equal(shown, before):
             return shown
+        before = shown
         page.wait_for_timeout(250)
-    pytest.fail("the viewer stayed blank")
+    pytest.fail("the viewer stayed blank, or never came to rest")
