@@ -1,6 +1,7 @@
 """Stretched copies: what becomes of the shape, what the captions then say, and what they are counted as."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -154,10 +155,15 @@ def test_ids_tell_copies_apart():
     assert {original_id(i) for i in ("a-1", copy, painted, both)} == {"a-1"}
 
 
-def test_a_stretched_copy_has_no_short_captions_but_its_first():
-    facts = dict(object="tall oak tree", captions=("a tall green oak tree", "tall oak"), colors=("green",))
-    assert Ring("x-0", stretched_id("x", 0), **facts).short_captions == ("a tall green oak tree",)
-    assert len(Ring("x-0", "x", **facts).short_captions) == 3
+def test_short_captions_of_a_stretched_copy_say_how_it_is_stretched():
+    facts = dict(object="tall oak tree", captions=("a tall oak", "tall oak"), colors=("orange",))
+    ring = Ring("x-0", stretched_id("x", 0), **facts)
+    assert ring.short_captions == ("a tall oak", "a tall orange oak tree", "a tall orange tree")
+    assert Ring("x-0", "x", **facts).short_captions[1] == "an orange tall oak tree", "a name that an asset has itself"
+    nothing_shows = replace(ring, object="oak tree", captions=("an oak",))
+    assert nothing_shows.short_captions == ("an oak", "an orange oak tree", "an orange tree")
+    painted = replace(nothing_shows, asset_id=repainted_id(ring.asset_id, "red"), object="low small tree")
+    assert painted.short_captions == ("an oak", "a low orange tree"), "one size is enough"
 
 
 def test_a_folder_without_assets_is_refused(tmp_path, capsys):

@@ -24,6 +24,7 @@ from coser.cameras import Cameras
 from coser.data.assets import in_color, last_word
 from coser.data.index import INDEX, is_stretched, original_id, read_index
 from coser.data.render import load_ring, ring_to_views
+from coser.data.stretch import WORDS, with_size
 from coser.views import ViewSet, views_to_channels
 
 CHANNEL_ORDERS = torch.tensor([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
@@ -69,12 +70,20 @@ class Ring:
     def short_captions(self) -> tuple[str, ...]:
         """What people type: the first caption, and "a <colour> <object>" and "a <colour> <kind>" where both are known.
 
-        Of a stretched copy the first caption alone, which says how: what is called by its kind looks as usual.
+        Those of a stretched copy say how it is stretched, where that shows: what is called by its kind looks as usual.
         """
-        if not self.colors or not self.object or is_stretched(self.asset_id):
+        if not self.colors or not self.object:
             return self.captions[:1]
-        named = (in_color(self.colors[0], name) for name in (self.object, self.kind))
-        return tuple(dict.fromkeys((self.captions[0], *named)))
+        how = self.stretch
+        names = (self.object.removeprefix(how).strip(), self.kind)
+        named = (with_size(in_color(self.colors[0], name), how) for name in names)
+        return tuple(dict.fromkeys((self.captions[0], *filter(None, named))))
+
+    @property
+    def stretch(self) -> str:
+        """How the captions of a stretched copy call its shape (`coser.data.stretch`); "" where nothing shows."""
+        first = self.object.split(" ", 1)[0]
+        return first if is_stretched(self.asset_id) and first in WORDS else ""
 
     @property
     def kind(self) -> str:

@@ -29,7 +29,9 @@ from coser.rasterizer import render
 # Largest change of a logarithm: 1.42 times as tall against its floor plan, 1.2 times as wide as deep.
 HEIGHT, WIDTH = 0.35, 0.18
 TAPER = 0.2  # the floor plan is up to so much larger at the top and smaller at the bottom, or the other way round
-SHOWS = {"tall": 1.15, "wide": 1.1}  # from which ratio on captions say so, and its inverse by the other word
+# From which ratio on captions say so: of the height, and of the width; its inverse is said by the other word.
+SHOWS = {("tall", "low"): 1.15, ("wide", "narrow"): 1.1}
+WORDS = tuple(word for words in SHOWS for word in words)
 # A caption that says one of these already is not taken over where a word of SHOWS or its opposite is due.
 SIZES = re.compile(r"\b(tall|low|short|wide|narrow|flat|long|slim|squat|thin|big|large|small|tiny|round)\b", re.I)
 ARTICLE = re.compile(r"(an?|the|one)\s+", re.I)
@@ -49,8 +51,7 @@ class Stretch:
     @property
     def word(self) -> str:
         """What captions call it, "" where nothing shows."""
-        for ratio, least, more, less in ((self.height, SHOWS["tall"], "tall", "low"),
-                                         (self.width, SHOWS["wide"], "wide", "narrow")):
+        for ratio, ((more, less), least) in zip((self.height, self.width), SHOWS.items()):
             if ratio > least:
                 return more
             if ratio < 1 / least:
