@@ -32,8 +32,9 @@ TAPER = 0.2  # the floor plan is up to so much larger at the top and smaller at 
 # From which ratio on captions say so: of the height, and of the width; its inverse is said by the other word.
 SHOWS = {("tall", "low"): 1.15, ("wide", "narrow"): 1.1}
 WORDS = tuple(word for words in SHOWS for word in words)
-# A caption that says one of these already is not taken over where a word of SHOWS or its opposite is due.
-SIZES = re.compile(r"\b(tall|low|short|wide|narrow|flat|long|slim|squat|thin|big|large|small|tiny|round)\b", re.I)
+# A caption that says one of these already is not taken over where a word of SHOWS is due.
+SIZES = (*WORDS, "short", "flat", "long", "slim", "squat", "thin", "big", "large", "small", "tiny", "round")
+SAYS_SIZE = re.compile(rf"\b({'|'.join(SIZES)})\b", re.I)
 ARTICLE = re.compile(r"(an?|the|one)\s+", re.I)
 
 
@@ -79,7 +80,7 @@ def with_size(caption: str, word: str) -> str | None:
     """"A red barrel", "tall" => "A tall red barrel"; None where the caption speaks of sizes already."""
     if not word:
         return caption
-    if SIZES.search(caption):
+    if SAYS_SIZE.search(caption):
         return None
     article = ARTICLE.match(caption)
     if article is None:
