@@ -39,6 +39,7 @@ MIXER_NAMES = {"adjacent": "Adjacent attention", "trajectory": "Trajectory atten
 SYMMETRY_NAMES = {"none": "None", "auto": "As its kind usually is", "mirror": "Left and right alike",
                   "back": "Front and back alike", "both": "Both of these", "quarter": "Four sides alike",
                   "round": "Round"}
+IN_THE_LANE = 24  # runs at work and waiting: each takes one of gradio's 40 threads; the rest wait in its queue
 PICTURES = [".png", ".jpg", ".jpeg", ".webp", ".zip", ".json"]
 
 THEME = gr.themes.Soft(
@@ -50,9 +51,10 @@ THEME = gr.themes.Soft(
     block_title_padding="0", block_title_text_weight="600", slider_color="#c2410c", button_primary_shadow="none",
     button_secondary_shadow="none")
 STATUS = """<div class="line ${value.stage}" role="status" aria-live="polite">
-<div class="words"><b>${value.message}</b><span>${value.figures}</span></div>
+<div class="words"><b>${value.message.replace(/[&<>]/g, c => "&#" + c.charCodeAt(0) + ";")}</b>
+<span>${value.figures}</span></div>
 <div class="track"><div class="bar" style="width:${value.percent}%"></div></div>
-<div class="note">${value.note}</div></div>"""
+<div class="note">${value.note.replace(/[&<>]/g, c => "&#" + c.charCodeAt(0) + ";")}</div></div>"""
 OWN_VIEWS = """<p>All around one object, in even steps, the first from the front; on a plain background or cut out
 (alpha). In a zip with a <code>transforms.json</code> (NeRF convention) the cameras may be anywhere.</p>"""
 
@@ -174,14 +176,18 @@ def build_app(studio: Studio, root: Path) -> gr.Blocks:
         buttons = [go, rebuild, refine, prepare, stop]
         seed = settings[4]
         quiet = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-        lane = {"show_progress": "hidden", "concurrency_limit": 1, "concurrency_id": "gpu"}
+        # Runs take turns in the studio's lane, where one that waits can be stopped. On ZeroGPU they work in a process of
+        # its own, which knows nothing of that lane here: there gradio's queue lets in one at a time.
+        lane = {"show_progress": "hidden", "concurrency_id": "gpu",
+                "concurrency_limit": 1 if spaces.config.Config.zero_gpu else IN_THE_LANE}
 
         def wire(triggers, begin, work, inputs, outputs, **named):
             """A kind of run: check and clear at once, then work in the lane, then put the result on the stage."""
             started = gr.on(triggers, begin, inputs, [status, *buttons, model, download, other],
                             **quiet | {"preprocess": named.get("preprocess", True)})
             worked = started.success(work, inputs, outputs, **lane, **named)
-            worked.then(desk.finish, [status, download], [status, *buttons, model, download, shown], **quiet)
+            for ended in (worked.success, worked.failure):  # `then` alone is not called after an error
+                ended(desk.finish, [status, download], [status, *buttons, model, download, shown], **quiet)
 
         wire([prompt.submit, go.click], desk.begin, spaces.GPU(duration=gpu_seconds)(desk.generate),
              [prompt, *settings, *options], [views, status, seed, download], preprocess=False, api_name="generate")

@@ -25,6 +25,7 @@ FINISHED = "finished.npz"  # in a run's folder: what its asset can be made from 
 ONE_AT_A_TIME = "One at a time: press Stop first."
 NO_FILES = "Choose pictures, or a zip of them, first."
 NO_RUN = "Make an object first: press Generate, or Reconstruct with your own views. Pre-made examples are GLB only."
+ANOTHER = "This file would be of the object before: another has come on the stage since. Ask again for that one's."
 
 
 class Desk:
@@ -44,7 +45,7 @@ class Desk:
         checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed, consistency,
                 mixers, symmetry, one_by_one, guidance_rescale, skip_guidance_scale)
         checked_asset(max_faces, texture_size, coloring, origin, longest_side)
-        return *self._enter(request), None, gr.DownloadButton(value=None, interactive=False), nothing_ready()
+        return self._enter_with_an_empty_stage(request)
 
     def begin_rebuild(self, files, elevation, max_faces, texture_size, coloring, origin, longest_side,
                       request: gr.Request):
@@ -52,7 +53,7 @@ class Desk:
         if not files:
             raise gr.Error(NO_FILES, print_exception=False)
         checked_asset(max_faces, texture_size, coloring, origin, longest_side)
-        return *self._enter(request), None, gr.DownloadButton(value=None, interactive=False), nothing_ready()
+        return self._enter_with_an_empty_stage(request)
 
     def begin_refine(self, max_faces, texture_size, coloring, origin, longest_side, request: gr.Request):
         """The same for other triangles and colours of what is on the stage, which stays until there is news."""
@@ -60,6 +61,11 @@ class Desk:
         if current_run(self.folder(request)) is None:
             raise gr.Error(NO_RUN, print_exception=False)
         return *self._enter(request), gr.skip(), gr.skip(), nothing_ready()
+
+    def _enter_with_an_empty_stage(self, request: gr.Request) -> tuple:
+        entered = self._enter(request)
+        set_current_run(self.folder(request), None)  # else a run that is stopped would leave the object before in reach
+        return *entered, None, gr.DownloadButton(value=None, interactive=False), nothing_ready()
 
     def _enter(self, request: gr.Request) -> tuple:
         """Take a place in the line; the progress line and the buttons (Stop last) while one works."""
@@ -132,6 +138,7 @@ class Desk:
               ) -> Iterator[tuple[str | None, RunUpdate]]:
         """A run in a folder of its own: its updates, each with the file of the views so far; what it made is kept."""
         folder = self.folder(request)
+        remove_old_runs(self.root)
         run = run_folder(folder)
         shown, views, pictures = None, None, 0
         try:
@@ -149,9 +156,10 @@ class Desk:
     def _current(self, request: gr.Request) -> tuple[Path, FinishedAsset]:
         """The run file and the asset on this visitor's stage."""
         run = current_run(self.folder(request))
-        if run is None:
+        run_file = None if run is None else next(run.glob("*.json"), None)
+        if run_file is None:
             raise gr.Error(NO_RUN, print_exception=False)
-        return next(run.glob("*.json")), load_finished(run / FINISHED)
+        return run_file, load_finished(run / FINISHED)
 
     def export(self, format: str, request: gr.Request) -> str:
         """The object made last in another format, as a file: {formats}."""
@@ -174,6 +182,8 @@ class Desk:
                        extras=json.loads(run_file.read_text("utf-8")))
         except (ValueError, OSError) as error:
             raise told(error) from error
+        if current_run(self.folder(request)) != run_file.parent:
+            raise gr.Error(ANOTHER, print_exception=False)
         return path
 
     def look(self, shown: str, glb: str | None, request: gr.Request) -> gr.Model3D:

@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"coser: {error}", file=sys.stderr)
         return 2
+    written = []
     try:
         studio = Studio(args.checkpoint, args.device)
         if isinstance(work, PosedViews):
@@ -37,17 +38,21 @@ def main(argv: list[str] | None = None) -> int:
         else:
             updates = studio.generate(work, output, options=options)
         done = show(updates)
+        written.append(done.glb)
         asset = done.asset
         record = json.loads(done.run_file.read_text("utf-8"))
-        others = [export(name, asset.mesh, asset.surface.views, asset.surface.cameras,
-                         output.with_name(f"{output.stem}{FORMATS[name].suffix}"), extras=record) for name in args.also]
+        for name in args.also:
+            written.append(export(name, asset.mesh, asset.surface.views, asset.surface.cameras,
+                                  output.with_name(f"{output.stem}{FORMATS[name].suffix}"), extras=record))
     except (ValueError, OSError) as error:
         print(f"\ncoser: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ncoser: interrupted, nothing was written", file=sys.stderr)
+        print("\ncoser: interrupted" + ("" if written else ", nothing was written"), file=sys.stderr)
         return 130
-    print(*[done.glb, *others], sep="\n")
+    finally:  # also what was there when something went wrong after it
+        for path in written:
+            print(path)
     return 0
 
 
@@ -131,7 +136,7 @@ def output_path(output: Path | None, work: GenerationRequest | PosedViews) -> Pa
     """Where the GLB goes; ValueError for a name that does not end in .glb or a folder that does not exist."""
     named = file_name(work.prompt, work.seed) if isinstance(work, GenerationRequest) else "views.glb"
     path = output or Path(named)
-    if path.suffix.lower() != ".glb":
+    if path.suffix != ".glb":
         raise ValueError(f"output must end in .glb, got {path}")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"output must lie in a folder that exists, got {path}")

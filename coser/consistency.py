@@ -12,5 +12,5 @@ CONSISTENCY = 1.0  # of the estimate; what it gains and costs is measured in doc
 
 def fused_views(views: ViewSet, cameras: Cameras) -> ViewSet:
     """N views => the N views of the object that they make together. Raises ValueError when they show no surface."""
-    mesh = reconstruct(views, cameras, generous=True, **QUICK)
+    mesh = reconstruct(views, cameras, drawn=True, generous=True, **QUICK)
     return render_mesh(mesh, cameras, views.views.shape[-1]).to(views.views.device)

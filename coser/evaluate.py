@@ -87,9 +87,12 @@ def _reconstruction(arguments: argparse.Namespace) -> None:
                                          texture_size=arguments.texture_size or None):
         scores.append(asdict(score))
         print(f"{(score.object or score.id)[:24]:24}", *(f"{float(scores[-1][n]):10.3f}" for n in names), flush=True)
-    for label, of in (("median", statistics.median), ("worst tenth", lambda v: statistics.quantiles(v, n=10)[0])):
-        if len(scores) > 1:
-            print(f"{label:24}", *(f"{of([float(s[n]) for s in scores]):10.3f}" for n in names))
+    if len(scores) > 1:
+        columns = {n: [float(s[n]) for s in scores] for n in names}
+        tenths = {n: statistics.quantiles(values, n=10, method="inclusive") for n, values in columns.items()}
+        for label, row in (("median", {n: statistics.median(values) for n, values in columns.items()}),
+                           ("worst tenth", {n: tenths[n][-1 if n in ("seconds", "faces") else 0] for n in names})):
+            print(f"{label:24}", *(f"{row[n]:10.3f}" for n in names))
     print(f"{len(scores)} assets, watertight: {sum(s['watertight'] for s in scores)}")
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:

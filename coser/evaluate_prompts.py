@@ -61,7 +61,7 @@ def evaluate_prompts(pipeline: CoSERPipeline, prompts: Iterable[str], seed: int 
         result = pipeline(prompt, generator=torch.Generator().manual_seed(seed), symmetry=symmetries.of_prompt(prompt),
                           **arguments)
         views, cameras = result.views.to("cpu"), result.cameras.to("cpu")
-        mesh = reconstruct(views, cameras, **QUICK)
+        mesh = reconstruct(views, cameras, drawn=True, **QUICK)
         seconds = time.perf_counter() - began
         seen = render_mesh(mesh, cameras, views.views.shape[-1])
         own_psnr = psnr(seen.on_background(), views.on_background())

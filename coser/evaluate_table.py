@@ -86,10 +86,13 @@ def draw_rings(pipeline: CoSERPipeline, questions: list[Question], folder: Path,
     return [r for r in list_rings(folder) if r.asset_id in wanted]
 
 
-def geometry_figures(views: ViewSet, cameras: Cameras) -> tuple[dict[str, float], ViewSet]:
-    """How well a ring agrees with itself, and what its mesh is like: name => figure; and the mesh from its cameras."""
+def geometry_figures(views: ViewSet, cameras: Cameras, drawn: bool) -> tuple[dict[str, float], ViewSet]:
+    """How well a ring agrees with itself, and what its mesh is like: name => figure; and the mesh from its cameras.
+
+    drawn: by a model, whose mesh is smoothed as in the app; how views agree is measured on what they show as it is.
+    """
     began = time.perf_counter()
-    mesh = reconstruct(views, cameras, **QUICK)
+    mesh = reconstruct(views, cameras, drawn=drawn, **QUICK)
     seconds = time.perf_counter() - began
     seen = render_mesh(mesh, cameras, views.views.shape[-1])
     crossed = agreement.cross_render(views, cameras)
@@ -188,11 +191,12 @@ class ClipScore:
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the table: rings, how many of their views, in which order, and what is measured."""
+    """One column of the table: rings, in which order their views come, and whether a model drew them."""
 
     name: str
     rings: list[Ring]
     shuffled: bool = False
+    drawn: bool = False
 
 
 def score_column(column: Column, judge_of: Callable[[Ring, ViewSet, Cameras], dict[str, float]], num_views: int,
@@ -214,7 +218,8 @@ def score_column(column: Column, judge_of: Callable[[Ring, ViewSet, Cameras], di
         views, cameras = views[::stride], cameras[::stride]
         figures = {} if column.shuffled else judge_of(ring, views, cameras)
         try:
-            found, seen = geometry_figures(agreement.shuffled_ring(views) if column.shuffled else views, cameras)
+            shown = agreement.shuffled_ring(views) if column.shuffled else views
+            found, seen = geometry_figures(shown, cameras, column.drawn)
             of_mesh = {} if column.shuffled else judge_of(ring, seen, cameras)
             figures |= found | {f"mesh_{k}": v for k, v in of_mesh.items() if k in WORDS} | {"failed": 0.0}
         except ValueError as error:  # views that show nothing, or shuffled ones that allow no surface
@@ -240,7 +245,7 @@ def draw_sheet(rings: list[Ring], path: Path) -> None:
     for ring in rings:
         views, cameras = load_ring(ring.path)
         try:
-            mesh = reconstruct(views, cameras, **QUICK)
+            mesh = reconstruct(views, cameras, drawn=True, **QUICK)
         except ValueError:
             mesh = None
         rows.append((ring.captions[0], sheet_row(views, mesh)))
@@ -290,7 +295,7 @@ def run(options: argparse.Namespace) -> None:
         return figures | ({"clip": clip(views, ring.captions[0])} if clip else {})
 
     held_out = spread(list_rings(options.held_out), options.held_out_limit)
-    columns = (Column("generated", drawn), Column("true renders", held_out),
+    columns = (Column("generated", drawn, drawn=True), Column("true renders", held_out),
                Column("shuffled renders", held_out, shuffled=True))
     asked = sha256(judge.fingerprint).hexdigest()[:8]  # another judge's figures are not taken over
     scores = {column.name: score_column(column, judge_of, options.num_views,

@@ -16,7 +16,7 @@ from torch import Tensor
 from coser.cameras import DISTANCE, ELEVATION, FOV, Cameras
 from coser.framing import agreement, meeting_point, turns, view_of
 from coser.photographs import Photograph, read_photograph
-from coser.picture_files import PictureFiles, open_pictures
+from coser.picture_files import PICTURES, PictureFiles, open_pictures
 from coser.transforms import FILE_TO_WORLD, depth_scale_of, read_frames
 from coser.views import ViewSet
 
@@ -104,14 +104,32 @@ def _posed(files: PictureFiles, name: str, num_views: int | None, size: int, max
                                    mask=masks[i]) for i in chosen]
     if any(any(photograph.distortion) for photograph in photographs):
         notes.append("The lens's distortion was undone.")
+    if left := _without_camera(files, pictures, {*depths, *masks}):
+        shown = ", ".join(left[:3]) + (" and others" if len(left) > 3 else "")
+        notes.append(f"Left out, for they have no camera in {PurePosixPath(name).name}: {shown}.")
     if transforms.get("unit_sphere") is True:
-        return _framed(photographs, np.zeros(3), 1.0, _reach(photographs), notes, FILE_TO_WORLD.T, size)
+        own = _framed(photographs, np.zeros(3), 1.0, _reach(photographs), notes, FILE_TO_WORLD.T, size)
+        return _checked_against_silhouettes(own)
     photographs = _whole(photographs, notes)
     middle, radius = meeting_point(photographs)
     ups = np.stack([photograph.camera_to_world[:3, 1] for photograph in photographs]).mean(0)
     if ups[1] < 0.5 * np.linalg.norm(ups):
         notes.append("Most cameras do not stand upright in a world with z up: the object may lie on its side.")
     own = _framed(photographs, middle, RADIUS / radius, None, notes, FILE_TO_WORLD.T, size)
+    return _checked_against_silhouettes(own)
+
+
+def _without_camera(files: PictureFiles, pictures: list[str], others: set[str | None]) -> list[str]:
+    """The pictures that lie beside those with a camera and have none; "r_0_depth.png" belongs to "r_0.png"."""
+    folders = {str(PurePosixPath(picture).parent) for picture in pictures}
+    stems = tuple(f"{PurePosixPath(picture).with_suffix('')}_" for picture in pictures)
+    return [name for name in files.names if PurePosixPath(name).suffix.lower() in PICTURES
+            and str(PurePosixPath(name).parent) in folders and name not in {*pictures, *others}
+            and not name.startswith(stems)]
+
+
+def _checked_against_silhouettes(own: PosedViews) -> PosedViews:
+    """The views with a note where cameras and silhouettes hardly agree; ValueError where they contradict each other."""
     agreed = agreement(own.views.masks, own.cameras)
     worst = ", ".join(own.names[i] for i in agreed.argsort()[:3])
     if agreed.mean() < WRONG:
@@ -170,14 +188,16 @@ def _as_silhouettes_tell(own: PosedViews, azimuth: float, taken: tuple[float, bo
         azimuths = azimuth + (steps if clockwise == taken[1] else -steps)
         return Cameras.look_at_origin(azimuths, elevation, distance, own.cameras.fov)
 
-    if len(tried) < 2:
-        return own
     agreed = [float(agreement(own.views.masks, ring(*way)).mean()) for way in tried]
     best = tried[int(np.argmax(agreed))]
-    if max(agreed) < agreed[tried.index(taken)] + CLEARLY:
-        return own
-    note = f"Their silhouettes agree clearly better {_told(*best)}: so they were taken."
-    return replace(own, cameras=ring(*best), notes=(*own.notes, note))
+    if max(agreed) >= agreed[tried.index(taken)] + CLEARLY:
+        note = f"Their silhouettes agree clearly better {_told(*best)}: so they were taken."
+        own = replace(own, cameras=ring(*best), notes=(*own.notes, note))
+    if max(agreed) < DOUBTFUL:
+        note = ("Their silhouettes hardly agree: are they of one object, in even steps all around it, and do their "
+                "names put them in that order?")
+        own = replace(own, notes=(*own.notes, note))
+    return own
 
 
 def _told(elevation: float, clockwise: bool) -> str:

@@ -133,7 +133,7 @@ def decode_depth(name: str, data: bytes) -> np.ndarray:
 
 def natural(name: str) -> tuple:
     """The key by which view-2 comes before view-10."""
-    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name.lower())), name
+    return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name.lower())), name
 
 
 def _load(name: str, data: bytes) -> Image.Image:

@@ -69,7 +69,7 @@ class GenerationRequest:
             "guidance_scale": _number("guidance_scale", self.guidance_scale, *GUIDANCE_SCALE),
             "num_inference_steps": _whole("num_inference_steps", self.num_inference_steps, *NUM_INFERENCE_STEPS),
             "elevation": _number("elevation", self.elevation, *ELEVATIONS),
-            "seed": _whole("seed", self.seed, *SEED),
+            "seed": 0 if self.randomize_seed is True and self.seed is None else _whole("seed", self.seed, *SEED),
             "consistency": _number("consistency", self.consistency, *CONSISTENCY),
             "negative_prompt": _text("negative_prompt", self.negative_prompt, 0, PROMPT_LENGTH[1]),
             "mixers": None if self.mixers is None else _some_of("mixers", self.mixers, MODULES),

@@ -47,7 +47,7 @@ def put_together(plan: ScenePlan, drawn: Sequence[tuple[ViewSet, Cameras]], size
     """
     if len(drawn) != len(plan.objects):
         raise ValueError(f"drawn must be views of the plan's {len(plan.objects)} objects, got {len(drawn)}")
-    surfaces = [find_surface(*views) for views in drawn]
+    surfaces = [find_surface(*views, drawn=True) for views in drawn]
     meshes = [finish(surface, **QUICK) for surface in surfaces]
     placed = in_unit_sphere(arrange(plan, meshes, [size_of(o.name) for o in plan.objects]), meshes)
     views, cameras = drawn[0]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from coser.data.assets import before_details, with_article
-from coser.data.scene_words import SIZES, metres, singular
+from coser.data.scene_words import COLORS, LEADING, SIZES, metres, singular
 
 # What no training scene is made of, but people ask for; metres, the longest side
 ASKED_FOR = SIZES | metres("""ship 20, boat 5, sailboat 6, spaceship 12, rocket 15, plane 10, airplane 12,
@@ -29,6 +29,7 @@ ASKED_FOR = SIZES | metres("""ship 20, boat 5, sailboat 6, spaceship 12, rocket 
     cookie 0.08, pizza 0.35, ice cream 0.15, present 0.3, gift 0.3, toy 0.3""")
 MOST_OBJECTS, MOST_COPIES = 4, 4
 NUMBERS = {"a": 1, "an": 1, "the": 1, "one": 1, "two": 2, "three": 3, "four": 4, "2": 2, "3": 3, "4": 4}
+_NOUNS = {word for name in ASKED_FOR for word in name.split()[-1:]}  # an orange is one, and a colour
 _EACH = rf"(?:{'|'.join(NUMBERS)})\s"  # what a new object begins with: "a red and white mushroom" is one
 _STANDING = r"(?:(?:sitting|standing|lying|resting|placed|put)\s)?"
 _PHRASES = {"on": "on top of|on|upon|atop", "beside": "beside|next to|near",
@@ -101,6 +102,8 @@ def _scene_object(text: str) -> SceneObject | None:
     head = before_details(noun)
     if number not in NUMBERS or not re.search(r"[^\W\d_]", head):  # "two of them" names nothing
         return None
+    if set(head.split()) <= COLORS | LEADING and head.split()[-1] not in _NOUNS:  # nor does the first of "a red and a
+        return None  # blue barrel"
     count = NUMBERS[number]
     if count > 1:
         noun = singular(head) + noun[len(head):]

@@ -43,14 +43,22 @@ def set_current_run(session: Path, run: Path | None) -> None:
 
 
 def current_run(session: Path) -> Path | None:
-    """The run on a session's stage; None where there is none, or it has been cleaned up."""
+    """The run on a session's stage; None where there is none, or it has been cleaned up. Asking keeps it: it counts as
+    new from then on (`remove_old_runs`)."""
     note = session / CURRENT
     folder = session / note.read_text("utf-8") if note.is_file() else None
-    return folder if folder is not None and folder.is_dir() else None
+    if folder is None or not folder.is_dir():
+        return None
+    folder.touch()
+    return folder
 
 
 def remove_old_runs(root: Path, seconds: float = KEPT_SECONDS) -> None:
     """Delete the runs, of all sessions under `root`, that are older than `seconds`."""
     for folder in root.glob("*/run-*"):
-        if time.time() - folder.stat().st_mtime > seconds:
+        try:
+            age = time.time() - folder.stat().st_mtime
+        except FileNotFoundError:  # another visitor's call was quicker
+            continue
+        if age > seconds:
             shutil.rmtree(folder, ignore_errors=True)

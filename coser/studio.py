@@ -8,7 +8,6 @@ import math
 import platform
 import re
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Set
 from dataclasses import asdict, dataclass, replace
@@ -24,10 +23,11 @@ from coser.cameras import Cameras
 from coser.consistency import fused_views
 from coser.devices import choose_device, choose_dtype
 from coser.finishing import FinishedAsset, finish_asset
+from coser.lane import Lane
 from coser.models.ssm import scan_backend
 from coser.own_views import PosedViews
 from coser.pipeline import CoSERPipeline, MultiviewStep, fused_steps
-from coser.reconstruction import Surface, stream_surface
+from coser.reconstruction import Surface, SurfaceStep, stream_surface
 from coser.reconstruction.exports import export
 from coser.request import SYMMETRY, AssetOptions, GenerationRequest
 from coser.scene_meshes import put_together
@@ -41,6 +41,7 @@ SMALL = Path(__file__).parent / "checkpoints" / "small"
 HUB_ID = r"[\w.-]+/[\w.-]+"
 TILE = 256  # pixels a side of one view in the grid, so that previews and the result cover the same place on the screen
 GRID_VIEWS = 24  # a grid of visitors' own views shows at most so many of them, spread evenly
+LOOK_EVERY = 0.1  # seconds, while a run waits for those before it
 SURFACE_SHARE = 0.6  # of what comes after the views: finding the surface; the rest is triangles, texture and files
 
 
@@ -79,8 +80,8 @@ class Studio:
     """One loaded pipeline and the lane that serialises its runs.
 
     checkpoint: a folder in diffusers layout (or a hub id). device: "cpu", "cuda", ...; None takes CUDA where there is
-    one. The first log line says what was decided and why. Any number of threads may start runs: they wait for each
-    other, since they share the weights and the processor, and nothing else is shared.
+    one. The first log line says what was decided and why. Any number of threads may start runs: they take turns in the
+    order in which they came, since they share the weights and the processor, and nothing else is shared.
     """
 
     def __init__(self, checkpoint: str | Path = SMALL, device: str | None = None):
@@ -95,7 +96,7 @@ class Studio:
         self.vocabulary = load_vocabulary(checkpoint, embed)  # None: it has not been told
         self.life_sizes = LifeSizes(embed)
         self.symmetries = usual_symmetries(checkpoint, self.pipeline, self.vocabulary)
-        self.lane = threading.Lock()
+        self.lane = Lane()
         # what building the mesh took last time, and fusing views in a step; the first run's estimate starts from these
         self._finish_seconds, self._fuse_seconds = 4.0, 3.0
         source = "the shipped one" if Path(checkpoint) == SMALL else "as asked"
@@ -142,19 +143,26 @@ class Studio:
 
     def _in_turn(self, run: "_Run", should_stop: Callable[[], bool],
                  work: Callable[["_Run"], Iterator[RunUpdate]]) -> Iterator[RunUpdate]:
-        yield run.update("waiting", "Waiting for the run before this one" if self.lane.locked() else "Starting")
-        while not self.lane.acquire(timeout=0.2):
-            if should_stop():
-                yield run.stopped()
-                return
-        try:  # released however the run ends, also when the reader goes away in the middle
+        place = self.lane.enter()
+        try:  # left however the run ends, also when the reader goes away in the middle
+            ahead = None
+            while ahead != 0:
+                if self.lane.ahead_of(place) != ahead:
+                    ahead = self.lane.ahead_of(place)
+                    yield run.update("waiting", f"Waiting for {ahead} other run{'s' * (ahead > 1)}" if ahead
+                                     else "Starting")
+                elif should_stop():
+                    yield run.stopped()
+                    return
+                else:
+                    time.sleep(LOOK_EVERY)
             run.start()
             if should_stop():  # asked while this run waited for its turn
                 yield run.stopped()
             else:
                 yield from work(run)
         finally:
-            self.lane.release()
+            self.lane.leave(place)
 
     def _generate(self, run: "_Run", request: GenerationRequest, plan: ScenePlan | None, glb: Path,
                   should_stop: Callable[[], bool], options: AssetOptions) -> Iterator[RunUpdate]:
@@ -178,7 +186,7 @@ class Studio:
         record |= {"scene": asdict(plan)} if plan else {"symmetries": list(symmetries[0])}
         record |= self._origin(with_model=True)
         if not plan:
-            yield from self._build(run, *drawn[0], record, glb, should_stop, options)
+            yield from self._build(run, stream_surface(*drawn[0], drawn=True), record, glb, should_stop, options)
             return
         began = time.perf_counter()
         yield run.update("reconstructing", "Putting the objects together")
@@ -196,13 +204,13 @@ class Studio:
         shown = torch.linspace(0, count - 1, min(count, GRID_VIEWS)).round().long()
         run.picture = grid(posed.views[shown])
         record = {"title": title, "own_views": {"count": count, "notes": list(posed.notes)}}
-        yield from self._build(run, posed.views.to(self.device), posed.cameras.to(self.device),
+        yield from self._build(run, stream_surface(posed.views.to(self.device), posed.cameras.to(self.device)),
                                record | self._origin(with_model=False), glb, should_stop, options)
 
-    def _build(self, run: "_Run", views: ViewSet, cameras: Cameras, record: dict, glb: Path,
+    def _build(self, run: "_Run", steps: Iterator[SurfaceStep], record: dict, glb: Path,
                should_stop: Callable[[], bool], options: AssetOptions) -> Iterator[RunUpdate]:
         began = time.perf_counter()
-        for step in stream_surface(views, cameras):
+        for step in steps:
             run.finished = SURFACE_SHARE * step.index / step.total
             yield run.update("reconstructing", step.message)
             if should_stop():

@@ -9,6 +9,7 @@ the file's units, 0 = nothing there. `unit_sphere` is ours: the object lies in t
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 
@@ -228,6 +229,10 @@ def _number(holder: dict, key: str, where: str) -> float | None:
     value = holder.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{key} of {where} must be a finite number, got {str(value)[:60]}")
-    return float(value)
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{key} of {where} must be a finite number, got {json.dumps(value)[:60]}")
+    return number

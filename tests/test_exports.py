@@ -217,6 +217,17 @@ def test_a_file_with_another_texture_or_other_places_on_it_is_refused(kind, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("mesh, wrong", [
+    (TEXTURED, {"normals": -TEXTURED.normals}), (COLORED, {"vertex_colors": 1 - COLORED.vertex_colors}),
+    (COLORED, {"vertex_colors": None})], ids=["turned normals", "other colours", "no colours"])
+def test_a_glb_with_other_normals_or_colours_is_refused(mesh, wrong, tmp_path, monkeypatch):
+    save = exports.save_glb
+    monkeypatch.setattr(exports, "save_glb", lambda mesh, path, *rest: save(replace(mesh, **wrong), path, *rest))
+    with pytest.raises(ValueError, match="the written file must hold (normals|colours)"):
+        written("glb", tmp_path, mesh)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("kind", ["stl", "ply", "splat", "gif", "mp4", "views", "glb", "obj"])
 def test_a_file_cut_short_is_refused(kind, tmp_path, monkeypatch):
     whole = FORMATS[kind]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from solids import cube, joined, sphere, table
+from test_mesh import facing_away
 
 from coser.cameras import Cameras
 from coser.metrics import psnr, render_mesh, silhouette_iou
@@ -143,6 +144,19 @@ def test_views_that_disagree_a_little_still_make_the_object():
     iou = silhouette_iou(render_mesh(mesh, BETWEEN, SIZE).masks, render(*solid, BETWEEN, SIZE).masks)
     assert iou.min() > 0.93
     assert mesh.volume == pytest.approx(1.0, rel=0.1)  # the hole of one view does not go through
+
+
+def test_what_a_model_drew_becomes_less_rough():
+    views = disagreeing(render(*sphere(0.7, 48), RING, SIZE))
+    noise = 0.01 * torch.randn(views.depths.shape, generator=torch.Generator().manual_seed(1))
+    views = replace(views, depths=torch.where(views.depths > 0, views.depths + noise, 0.0))
+    rough, even = (reconstruct(views, RING, drawn=drawn, resolution=64, texture_size=None) for drawn in (False, True))
+    tilt = []
+    for mesh in (rough, even):
+        seen = mesh.vertices[mesh.faces].mean(1)[:, 1] > -0.4  # above the floor that is made up
+        tilt.append(np.median(facing_away(mesh)[seen]))
+    assert even.is_watertight and tilt[1] < 0.5 * tilt[0]
+    assert even.volume == pytest.approx(rough.volume, rel=0.05)
 
 
 def test_an_empty_view_does_not_carve_the_others_away():

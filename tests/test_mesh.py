@@ -11,7 +11,7 @@ from solids import cube, joined, sphere
 from coser.cameras import Cameras
 from coser.reconstruction import reconstruct
 from coser.reconstruction.glb import save_glb, srgb_to_linear
-from coser.reconstruction.mesh import Mesh, keep_parts, part_pinches, simplify
+from coser.reconstruction.mesh import Mesh, keep_parts, part_pinches, simplify, smooth
 from coser.reconstruction.normals import with_normals
 from coser.reconstruction.primitive import split_vertices
 from tests.drawn_pipeline import box_views
@@ -45,6 +45,26 @@ def test_volume_of_a_cube():
 def test_every_edge_of_a_closed_mesh_is_listed_once():
     edges = BALL.edges()
     assert len(edges) == len(BALL.faces) * 3 // 2 and (edges[:, 0] < edges[:, 1]).all()
+
+
+def test_smoothing_takes_roughness_off_and_leaves_the_shape_closed():
+    rough = Mesh(BALL.vertices + np.random.default_rng(0).normal(0, 0.01, BALL.vertices.shape).astype(np.float32),
+                 BALL.faces)
+    before, even = rough.vertices.copy(), smooth(rough, 5)
+    assert np.array_equal(rough.vertices, before) and even.is_watertight and even.vertices.dtype == np.float32
+    off = [np.abs(np.linalg.norm(m.vertices, axis=1) - 0.6) for m in (rough, even)]
+    tilt = [facing_away(m) for m in (rough, even)]
+    assert np.median(tilt[1]) < 0.4 * np.median(tilt[0]) and off[1].max() < off[0].max() < 0.04
+    assert np.array_equal(smooth(rough, 0).vertices, rough.vertices)
+
+
+def facing_away(mesh: Mesh) -> np.ndarray:
+    """Degrees by which the faces [F] of something like a sphere around the origin turn away from its radius."""
+    corners = mesh.vertices[mesh.faces]
+    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    middles = corners.mean(1)
+    lengths = np.linalg.norm(normals, axis=1) * np.linalg.norm(middles, axis=1)
+    return np.degrees(np.arccos(np.clip((normals * middles).sum(1) / np.maximum(lengths, 1e-12), -1, 1)))
 
 
 def test_normals_of_a_sphere_point_outward():

@@ -244,9 +244,8 @@ def test_photographs_of_a_ring_are_turned_as_their_camera_says(ring, tmp_path):
 def test_two_hundred_pictures_are_thinned_evenly_and_more_refused(tmp_path):
     cameras = Cameras.orbit(200, elevation=20)
     transforms = cameras_to_transforms(cameras, SIZE)
-    views = render(*SOLID, cameras[::50], SIZE)
-    pictures = [encoded(picture) for picture in straight(views)]
-    files = {f"views/{i:03d}.png": pictures[i // 50] for i in range(200)}
+    pictures = [encoded(picture) for picture in straight(render(*SOLID, cameras, SIZE))]
+    files = {f"views/{i:03d}.png": pictures[i] for i in range(200)}
     folder = in_folder({**files, "transforms.json": json.dumps(transforms).encode()}, tmp_path)
     own = load_views(folder, size=SIZE, max_views=20)
     steps = (own.cameras.azimuths.sort().values.diff()) % 360
@@ -280,3 +279,46 @@ def test_depths_that_contradict_the_silhouettes_or_lack_are_left_out(ring, tmp_p
     transforms["frames"][4].pop("depth_file_path")
     own = load_views(zipped(capture(views, transforms), tmp_path / "own.zip"), size=SIZE)
     assert not own.views.depths.any() and "5 of 6" in own.notes[0]
+
+
+def test_pictures_without_a_camera_are_named_and_what_belongs_to_others_is_not(ring, tmp_path):
+    views, cameras = ring
+    transforms = cameras_to_transforms(cameras, SIZE, depth_file_paths=[f"depth/{i}.png" for i in range(6)],
+                                       depth_scale=STEP)
+    whole = capture(views, transforms)
+    few = json.loads(whole["transforms.json"]) | {"frames": json.loads(whole["transforms.json"])["frames"][:4]}
+    left = [frame["file_path"] for frame in json.loads(whole["transforms.json"])["frames"][4:]]
+    files = {**whole, "transforms.json": json.dumps(few).encode()}
+    files[few["frames"][0]["file_path"].replace(".png", "_normal.png")] = whole[left[0]]
+    own = load_views(in_folder(files, tmp_path), size=SIZE)
+    assert len(own.views) == 4
+    assert own.notes == (f"Left out, for they have no camera in transforms.json: {', '.join(left)}.",)
+
+
+@pytest.mark.parametrize("unit_sphere", [True, False])
+def test_cameras_of_other_pictures_are_refused(ring, tmp_path, unit_sphere):
+    views, cameras = ring
+    order = [0, 3, 1, 5, 2, 4]
+    transforms = cameras_to_transforms(cameras, SIZE, unit_sphere=unit_sphere)
+    with pytest.raises(ValueError, match="cameras must belong to the pictures"):
+        load_views(in_folder(capture(views[order], transforms), tmp_path), size=SIZE)
+
+
+def test_a_ring_whose_names_put_it_in_disorder_is_told(ring, tmp_path):
+    views, _ = ring
+    asks = [any("put them in that order?" in note for note in load_views(
+        in_folder({f"{i}.png": encoded(picture) for i, picture in enumerate(straight(views[order]))},
+                  tmp_path / str(name)), size=SIZE).notes)
+        for name, order in enumerate(([0, 1, 2, 3, 4, 5], [0, 3, 1, 5, 2, 4]))]
+    assert asks == [False, True]
+
+
+def test_pictures_of_different_sizes_make_one_ring(ring, tmp_path):
+    views, _ = ring
+    files = {}
+    for i, picture in enumerate(straight(views)):
+        side = 48 + 16 * i
+        files[f"{i}.png"] = encoded(np.asarray(Image.fromarray(picture).resize((side, side))))
+    own = load_views(in_folder(files, tmp_path), size=SIZE)
+    assert own.views.views.shape == (6, 3, SIZE, SIZE)
+    assert silhouette_iou(own.views.masks, views.masks).min() > 0.9

@@ -144,22 +144,34 @@ def test_a_stopped_run_keeps_its_last_grid_writes_nothing_and_frees_the_lane(stu
     last = updates[-1]
     assert last.stage == "stopped" and last.step == 2 and "step 2 of 3" in last.message
     assert last.picture is updates[-2].picture and last.glb is None and not list(tmp_path.iterdir())
-    assert not studio.lane.locked()
+    assert not len(studio.lane)
 
 
 def test_a_run_whose_reader_goes_away_frees_the_lane(studio, tmp_path):
     run = studio.generate(REQUEST, tmp_path / "box.glb")
     next(run), next(run), next(run)
     run.close()
-    assert studio.pipeline.open == 0 and not studio.lane.locked()
+    assert studio.pipeline.open == 0 and not len(studio.lane)
 
 
 def test_a_waiting_run_can_be_stopped(studio, tmp_path):
     first = studio.generate(REQUEST, tmp_path / "first.glb")
     next(first), next(first)
     waiting = list(studio.generate(REQUEST, tmp_path / "second.glb", lambda: True))
-    assert [u.stage for u in waiting] == ["waiting", "stopped"] and "before" in waiting[0].message
+    assert [u.stage for u in waiting] == ["waiting", "stopped"] and "1 other run" in waiting[0].message
     first.close()
+    assert not len(studio.lane)
+
+
+def test_runs_that_wait_get_their_turns_in_the_order_in_which_they_came(studio, tmp_path):
+    first, second, third = (studio.generate(REQUEST, tmp_path / f"{name}.glb") for name in ("a", "b", "c"))
+    assert [next(run).message for run in (first, second, third)] == [
+        "Starting", "Waiting for 1 other run", "Waiting for 2 other runs"]
+    second.close()  # one that leaves the line lets those behind it move up
+    assert next(third).message == "Waiting for 1 other run"
+    first.close()
+    assert [next(third).message for _ in range(2)] == ["Starting", "Starting from noise"]
+    third.close()
 
 
 def test_runs_at_the_same_time_take_turns_and_keep_their_files_apart(studio, tmp_path):
@@ -179,7 +191,7 @@ def test_runs_at_the_same_time_take_turns_and_keep_their_files_apart(studio, tmp
 def test_views_that_hold_nothing_end_in_a_clear_error_and_a_free_lane(studio, tmp_path):
     with pytest.raises(ValueError):
         list(studio.generate(replace(REQUEST, prompt=NOTHING), tmp_path / "box.glb"))
-    assert not studio.lane.locked()
+    assert not len(studio.lane)
 
 
 class OneWord:
@@ -276,7 +288,7 @@ def test_building_from_ones_own_views_can_be_stopped_and_writes_nothing(studio, 
     for update in studio.rebuild(own_views(), "my box", tmp_path / "mine.glb",
                                  lambda: any(u.stage == "reconstructing" for u in updates)):
         updates.append(update)
-    assert updates[-1].stage == "stopped" and not list(tmp_path.iterdir()) and not studio.lane.locked()
+    assert updates[-1].stage == "stopped" and not list(tmp_path.iterdir()) and not len(studio.lane)
 
 
 def test_previews_and_results_cover_the_same_picture():

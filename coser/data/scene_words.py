@@ -70,7 +70,8 @@ COLORS = frozenset(HUES) | frozenset("grey gray black white silver golden tan be
 LEADING = frozenset("""small large big tall short long low wide thin tiny round square old flat simple thick narrow
     little deep dark light""".split())  # these words come before a colour
 IRREGULAR = {"cactus": "cacti", "shelf": "shelves", "knife": "knives", "sheep": "sheep", "deer": "deer",
-             "tomato": "tomatoes", "potato": "potatoes", "loaf": "loaves", "wolf": "wolves"}
+             "tomato": "tomatoes", "potato": "potatoes", "loaf": "loaves", "wolf": "wolves", "leaf": "leaves",
+             "bus": "buses", "mouse": "mice", "goose": "geese"}
 
 
 @dataclass(frozen=True)

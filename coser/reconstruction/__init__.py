@@ -16,7 +16,7 @@ from coser.reconstruction.fit import stream_fit
 from coser.reconstruction.fuse import fuse
 from coser.reconstruction.glb import save_glb
 from coser.reconstruction.likeness import silhouette_likeness
-from coser.reconstruction.mesh import Mesh, keep_parts, simplify
+from coser.reconstruction.mesh import Mesh, keep_parts, simplify, smooth
 from coser.reconstruction.normals import with_normals
 from coser.reconstruction.slivers import without_slivers
 from coser.reconstruction.texture import bake_texture
@@ -31,6 +31,9 @@ CONTRADICTION = 0.93
 CHECKED_FACES = 20_000
 QUICK = {"max_faces": CHECKED_FACES, "texture_size": None}  # where a mesh is only looked at, never handed out
 TOLERANCE = 1.5  # voxels; how far a view's depth usually lies from the surface
+# of views that a model drew: what a cell's neighbours count beside a view, and how often vertices move to the middle of
+# theirs. Measured in docs/reconstruction.md
+DRAWN_NEIGHBOURS, DRAWN_ROUNDS = 1.0, 5
 
 
 @dataclass(frozen=True)
@@ -58,20 +61,22 @@ class SurfaceStep:
     surface: Surface | None = None
 
 
-def reconstruct(views: ViewSet, cameras: Cameras, *, resolution: int = 128, generous: bool = False,
-                max_faces: int = 10_000, texture_size: int | None = 1024) -> Mesh:
+def reconstruct(views: ViewSet, cameras: Cameras, *, resolution: int = 128, drawn: bool = False,
+                generous: bool = False, max_faces: int = 10_000, texture_size: int | None = 1024) -> Mesh:
     """Posed views, generated, rendered or photographed => one closed, coloured mesh: `finish` of `find_surface`."""
-    return finish(find_surface(views, cameras, resolution, generous), max_faces=max_faces, texture_size=texture_size)
+    surface = find_surface(views, cameras, resolution, drawn, generous)
+    return finish(surface, max_faces=max_faces, texture_size=texture_size)
 
 
-def find_surface(views: ViewSet, cameras: Cameras, resolution: int = 128, generous: bool = False) -> Surface:
+def find_surface(views: ViewSet, cameras: Cameras, resolution: int = 128, drawn: bool = False,
+                 generous: bool = False) -> Surface:
     """`stream_surface` drained: arguments and errors as there."""
-    for step in stream_surface(views, cameras, resolution, generous):
+    for step in stream_surface(views, cameras, resolution, drawn, generous):
         pass
     return step.surface
 
 
-def stream_surface(views: ViewSet, cameras: Cameras, resolution: int = 128,
+def stream_surface(views: ViewSet, cameras: Cameras, resolution: int = 128, drawn: bool = False,
                    generous: bool = False) -> Iterator[SurfaceStep]:
     """Posed views => the steps of finding their closed surface; the last one carries it.
 
@@ -81,9 +86,10 @@ def stream_surface(views: ViewSet, cameras: Cameras, resolution: int = 128,
     surface then carries the depths at which they see it.
 
     views: N >= 1 square views; cameras: their N perspective cameras. resolution: the fusion grid holds at most
-    resolution^3 cells. generous: what views agree on at large keeps their thin parts, too, wherever each shows them
-    (`coser.reconstruction.consensus.local_levels`). Raises ValueError when the views and cameras do not belong together
-    or the views show nothing.
+    resolution^3 cells. drawn: a model drew the views, whose small contradictions would leave the surface rough: it is
+    smoothed, which would cost views of something real their edges. generous: what views agree on at large keeps their
+    thin parts, too, wherever each shows them (`coser.reconstruction.consensus.local_levels`). Raises ValueError when
+    the views and cameras do not belong together or the views show nothing.
     """
     height, width = views.views.shape[2:]
     if len(views) != len(cameras):
@@ -110,7 +116,7 @@ def stream_surface(views: ViewSet, cameras: Cameras, resolution: int = 128,
                           Surface(mesh, voxel, _with_depths(views, cameras, mesh), cameras))
         return
     yield SurfaceStep(0, 1, "Fusing the views")
-    yield SurfaceStep(1, 1, "Surface found", _carved_or_agreed(views, cameras, resolution, generous))
+    yield SurfaceStep(1, 1, "Surface found", _carved_or_agreed(views, cameras, resolution, drawn, generous))
 
 
 def finish(surface: Surface, *, max_faces: int = 10_000, texture_size: int | None = 1024) -> Mesh:
@@ -130,17 +136,19 @@ def _with_depths(views: ViewSet, cameras: Cameras, mesh: Mesh) -> ViewSet:
     return replace(views, depths=rasterize(vertices, faces, cameras, views.views.shape[-1]).depths[:, None])
 
 
-def _carved_or_agreed(views: ViewSet, cameras: Cameras, resolution: int, generous: bool) -> Surface:
+def _carved_or_agreed(views: ViewSet, cameras: Cameras, resolution: int, drawn: bool, generous: bool) -> Surface:
     best, error = None, None
+    carve = partial(fuse, neighbours=DRAWN_NEIGHBOURS) if drawn else fuse
     # the second is smooth; local levels take long, and fewer cells do nearly as well
     agree, share = (partial(fuse_consensus, local=True), 3 / 8) if generous else (fuse_consensus, 1 / 2)
-    for method, side in ((fuse, resolution), (agree, max(8, int(share * resolution)))):
+    for method, side in ((carve, resolution), (agree, max(8, int(share * resolution)))):
         try:
             vertices, faces, voxel = method(views, cameras, side)
         except ValueError as nothing_found:
             error = error or nothing_found
             continue
         mesh = keep_parts(Mesh(vertices, faces), SPECK * voxel)
+        mesh = smooth(mesh, DRAWN_ROUNDS) if drawn else mesh
         checked = simplify(mesh, CHECKED_FACES)
         fit = float(silhouette_likeness(checked.vertices, checked.faces, views.masks, cameras).mean())
         if best is None or fit > best[0]:

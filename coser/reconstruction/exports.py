@@ -15,12 +15,12 @@ import av
 import trimesh
 
 from coser.cameras import Cameras
-from coser.reconstruction.glb import save_glb
+from coser.reconstruction.glb import save_glb, srgb_to_linear
 from coser.reconstruction.mesh import Mesh
 from coser.reconstruction.obj import SUFFIX as OBJ_SUFFIX
 from coser.reconstruction.obj import check_obj, save_obj
 from coser.reconstruction.ply import check_ply, save_ply
-from coser.reconstruction.reload import expect_mesh, expect_texture
+from coser.reconstruction.reload import EXACT, expect_close, expect_equal, expect_mesh, expect_texture
 from coser.reconstruction.splat import SUFFIX as SPLAT_SUFFIX
 from coser.reconstruction.splat import check_splat, save_splat
 from coser.reconstruction.stl import check_stl, save_stl
@@ -114,8 +114,17 @@ def export(format: str, mesh: Mesh, views: ViewSet | None, cameras: Cameras | No
 
 
 def check_glb(mesh: Mesh, path: str | Path) -> None:
-    """Reads the file back; raises ValueError where its triangles or its texture are not the mesh's."""
-    back = trimesh.load(path, file_type="glb", force="mesh", process=False)
+    """Reads the file back; raises ValueError where its triangles, normals, texture or colours are not the mesh's."""
+    parts = trimesh.load(path, file_type="glb", process=False).geometry  # made one mesh, it would lose its normals
+    expect_equal("this many meshes:", len(parts), 1)
+    (back,) = parts.values()
     expect_mesh(back, mesh, mesh.vertices)
+    if mesh.normals is not None:
+        expect_close("normals", back.vertex_normals[back.faces], mesh.normals, EXACT)
     if mesh.texture is not None:
         expect_texture(back, back.visual.material.baseColorTexture, mesh)
+    elif mesh.vertex_colors is not None:
+        colors = back.visual.vertex_attributes.get("color")  # of a material and no texture
+        if colors is None:
+            raise ValueError("the written file must hold colours at its vertices, got none")
+        expect_close("colours", colors[back.faces], srgb_to_linear(mesh.vertex_colors)[mesh.faces], EXACT)

@@ -34,11 +34,13 @@ SURE = 3.0  # what views count where the coarse pass decided
 FREE, HIDDEN, NEAR = 1, -1, 0  # what the coarse pass says of a cell
 
 
-def fuse(views: ViewSet, cameras: Cameras, resolution: int = 128) -> tuple[np.ndarray, np.ndarray, float]:
+def fuse(views: ViewSet, cameras: Cameras, resolution: int = 128,
+         neighbours: float = NEIGHBOURS) -> tuple[np.ndarray, np.ndarray, float]:
     """Views and their cameras => vertices [V,3] float32, faces [F,3] int64 (right hand outward), the voxel's side.
 
     resolution: the grid spends at most resolution^3 voxels on the object's box, none much finer than a pixel.
-    The surface is closed. Every view must show something. Raises ValueError when no two agree on a surface.
+    neighbours: what a cell's neighbours count (`smoothed`). The surface is closed. Every view must show something.
+    Raises ValueError when no two agree on a surface.
     """
     maps = view_maps(views, cameras)
     points, shown = surface_points(views, cameras)
@@ -61,20 +63,20 @@ def fuse(views: ViewSet, cameras: Cameras, resolution: int = 128) -> tuple[np.nd
     lowest = float(seen[:, 1].kthvalue(min(stray, len(seen))).values)
     lowest -= float(pixel * torch.deg2rad(cameras.elevations.mean()).cos()) / 2  # half a pixel below its centre
     cut = cut_floor(distances.cpu().numpy(), told.cpu().numpy(), axes[1].cpu().numpy(), lowest, truncation)
-    smooth = smoothed(torch.from_numpy(cut).to(weights), weights)
+    smooth = smoothed(torch.from_numpy(cut).to(weights), weights, neighbours)
     grid = torch.maximum(smooth, lowest - axes[1][:, None]).cpu().numpy()  # the floor stays flat
     return closed_surface(grid, axes, voxel)
 
 
-def smoothed(distances: Tensor, weights: Tensor) -> Tensor:
+def smoothed(distances: Tensor, weights: Tensor, neighbours: float = NEIGHBOURS) -> Tensor:
     """Signed distances [X,Y,Z] of which views are this sure [X,Y,Z] => the same, nearer to their neighbours.
 
-    ROUNDS of Jacobi's iteration for the least sum of weight * (change)^2 and of NEIGHBOURS * distance * (distance -
+    ROUNDS of Jacobi's iteration for the least sum of weight * (change)^2 and of neighbours * distance * (distance -
     mean around it). Where many views see a surface squarely nothing changes; what is left of their noise, and the
     ragged ends of carving where none sees anything, becomes smooth.
     """
     weights = weights.clamp_min(LEAST)
-    share = NEIGHBOURS / (weights + NEIGHBOURS)
+    share = neighbours / (weights + neighbours)
     out, kept = distances, (1 - share) * distances
     for _ in range(ROUNDS):
         around = F.pad(out[None, None], (1,) * 6, mode="replicate")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import fast_simplification
 import numpy as np
+import trimesh
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
@@ -103,6 +104,14 @@ def _compact(vertices: np.ndarray, faces: np.ndarray) -> Mesh:
     used = np.zeros(len(vertices), bool)
     used[faces] = True
     return Mesh(vertices[used], (np.cumsum(used) - 1)[faces])
+
+
+def smooth(mesh: Mesh, rounds: int) -> Mesh:
+    """The mesh after `rounds` in which every vertex moves half the way to the mean of its neighbours (Laplacian
+    smoothing), without colours, normals and uvs."""
+    smoothed = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
+    trimesh.smoothing.filter_laplacian(smoothed, lamb=0.5, iterations=rounds, volume_constraint=False)
+    return Mesh(np.asarray(smoothed.vertices, np.float32), mesh.faces)
 
 
 def simplify(mesh: Mesh, max_faces: int) -> Mesh:
