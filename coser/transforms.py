@@ -172,9 +172,11 @@ def _frame(transforms: dict, frame: object, where: str) -> Frame:
 def _pose(matrix: object, where: str) -> np.ndarray:
     """transform_matrix => camera-to-world [4,4] with y up, exactly rigid."""
     problem = f"{where}.transform_matrix in transforms.json must be 4 rows of 4 finite numbers"
+    if matrix is None:
+        raise ValueError(f"{problem}, got none")
     try:
         pose = np.array(matrix, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{problem}, got something else") from None
     if pose.shape == (3, 4):
         pose = np.concatenate([pose, [[0, 0, 0, 1.0]]])

@@ -27,7 +27,7 @@ from coser.finishing import finish_asset, save_finished
 from coser.models.block import MIXERS
 from coser.pipeline import CoSERPipeline
 from coser.reconstruction import find_surface, save_glb
-from coser.request import MODULES, AssetOptions
+from coser.request import MODULES, AssetOptions, GenerationRequest
 from coser.sessions import run_folder, set_current_run
 from coser.stage import SPLATS_SIDE, viewing_distance
 from coser.studio import Studio
@@ -233,6 +233,24 @@ def test_an_example_is_not_put_over_a_run_that_draws(desk):
     desk.line.add("visitor")
     with pytest.raises(Error, match="press Stop first"):
         choose(desk, 0)
+
+
+def test_a_run_that_begins_takes_the_object_before_out_of_reach(desk, tmp_path):
+    """Or else, stopped halfway, it would leave its own views on the page and the other's files behind the buttons."""
+    visitor = SimpleNamespace(session_hash="visitor")
+    set_current_run(desk.folder(visitor), run_folder(desk.folder(visitor)))
+    values = [getattr(GenerationRequest("a red box"), name) for name in (
+        "prompt", "num_views", "guidance_scale", "num_inference_steps", "elevation", "seed", "randomize_seed",
+        "consistency", "mixers", "symmetry", "one_by_one", "guidance_rescale", "skip_guidance_scale")]
+    options = list(vars(AssetOptions()).values())
+    desk.begin(*values, *options, visitor)
+    with pytest.raises(Error, match="press Stop first"):
+        desk.begin(*values, *options, visitor)
+    after = desk.finish({"stage": "stopped"}, None, visitor)
+    refine, prepare = after[3:5]
+    assert not refine.interactive and not prepare.interactive
+    with pytest.raises(Error, match="Make an object first"):
+        desk.export("obj", visitor)
 
 
 def test_the_lane_is_free_again_after_a_cancelled_call(visitor):

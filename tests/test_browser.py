@@ -55,17 +55,29 @@ def browser():
 
 
 @pytest.fixture
-def page(address, browser):
-    """The app's page as a new visitor sees it, without another's cookies or files."""
-    page = browser.new_page(viewport={"width": 1280, "height": 1000})
-    page.set_default_timeout(120_000)
-    page.asked_elsewhere = []
-    page.on("request", lambda request: page.asked_elsewhere.append(request.url)
-            if not request.url.startswith((address, "data:", "blob:")) else None)
-    page.goto(address)
-    page.wait_for_selector("#go:enabled")
-    yield page
-    page.close()
+def visit(address, browser):
+    """Opens the app's page as a new visitor sees it, without another's cookies or files."""
+    pages = []
+
+    def visit():
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        pages.append(page)
+        page.set_default_timeout(120_000)
+        page.asked_elsewhere = []
+        page.on("request", lambda request: page.asked_elsewhere.append(request.url)
+                if not request.url.startswith((address, "data:", "blob:")) else None)
+        page.goto(address)
+        page.wait_for_selector("#go:enabled")
+        return page
+
+    yield visit
+    for page in pages:
+        page.close()
+
+
+@pytest.fixture
+def page(visit):
+    return visit()
 
 
 def test_a_prompt_becomes_an_object_that_turns_and_downloads(page, tmp_path):
@@ -122,14 +134,15 @@ def test_pictures_of_ones_own_become_an_object_that_turns(page, tmp_path):
         for i, view in enumerate(views_to_uint8(views)):
             file = io.BytesIO()
             Image.fromarray(view).save(file, "PNG")
-            pictures.writestr(f"{i}.png", file.getvalue())
+            pictures.writestr(f"{i}<img src=x onerror=window.ran=1>.png", file.getvalue())
     page.click("button[role=tab]:has-text('own views')")
     page.set_input_files("#files input[type=file]", tmp_path / "box.zip")
     page.wait_for_selector("#files .file-preview")  # the name with its ending is shown while it is sent alone
     page.fill("#ring input", "20")
     page.click("#rebuild")
     page.wait_for_selector("#status .done")
-    assert "closed ring" in page.inner_text("#status .note")
+    assert "closed ring" in page.inner_text("#status .note") and "0<img src=x" in page.inner_text("#status .note")
+    assert page.evaluate("window.ran") is None  # names of files are words, whatever they hold
     shown = drawn(page, page.wait_for_selector("#model canvas"))
     object_ = shown[np.abs(shown - shown[0, 0]).max(-1) > 60]
     assert object_.mean(0).argmax() == 2 and page.asked_elsewhere == []
@@ -172,6 +185,33 @@ def test_stop_keeps_the_grid_and_says_where_it_stopped(page):
     assert re.search(r"Stopped at step \d+ of 20", page.inner_text("#status"))
     page.wait_for_selector("#go:enabled")
     assert page.is_visible("#views img")
+
+
+def test_a_run_that_fails_says_why_and_leaves_the_page_as_useful_as_before(page, tmp_path):
+    (tmp_path / "broken.zip").write_bytes(b"no zip")
+    page.click("button[role=tab]:has-text('own views')")
+    page.set_input_files("#files input[type=file]", tmp_path / "broken.zip")
+    page.wait_for_selector("#files .file-preview")
+    page.click("#rebuild")
+    page.wait_for_selector("text=own views must be a folder, a .zip or")
+    page.wait_for_selector("#rebuild:enabled")
+    assert page.is_enabled("#go") and page.is_disabled("#stop")
+    assert "ended early" in page.inner_text("#status")
+    page.locator("#examples .gallery-item button").first.click()  # which a run still in the line would forbid
+    page.wait_for_selector("#status .example")
+
+
+def test_a_visitor_who_waits_for_another_can_leave_the_line(page, visit):
+    for visitor in (page, second := visit()):
+        visitor.fill("#prompt textarea, #prompt input", "a green pine tree")
+        visitor.click("#go")
+        visitor.wait_for_selector("#status .denoising, #status .waiting b:has-text('1 other')")
+    second.click("#stop")
+    second.wait_for_selector("#status .stopped")
+    second.wait_for_selector("#go:enabled")
+    assert page.query_selector("#status .denoising")  # the first goes on
+    page.click("#stop")
+    page.wait_for_selector("#status .stopped")
 
 
 def test_an_empty_prompt_is_answered_with_a_message(page):

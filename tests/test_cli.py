@@ -51,7 +51,7 @@ def test_without_an_output_the_glb_is_named_after_prompt_and_drawn_seed(capsys, 
 
 @pytest.mark.parametrize("arguments, named", [
     ([""], "prompt"), (["a box", "--num-views", "3"], "num_views"), (["a box", "-o", "box.obj"], "output"),
-    (["a box", "-o", "missing/box.glb"], "output"), (["a box", "--elevation", "31"], "elevation"),
+    (["a box", "-o", "missing/box.glb"], "output"), (["a box", "-o", "box.GLB"], "output"), (["a box", "--elevation", "31"], "elevation"),
     ([], "prompt"), (["a box", "--views", "."], "prompt"), (["a box", "--max-faces", "3"], "max_faces"),
     (["a box", "--texture-size", "77"], "texture_size"), (["a box", "--origin", "moon"], "origin"),
     (["a box", "--symmetry", "sideways"], "symmetry"),
@@ -101,6 +101,17 @@ def test_an_interrupt_exits_with_130_and_leaves_no_file(monkeypatch, capsys, tmp
     monkeypatch.setattr(DrawnPipeline, "stream", interrupted)
     assert main(["a red box", "-o", "box.glb", *QUICK]) == 130
     assert "interrupted" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_what_was_written_before_an_interrupt_or_an_error_is_said(monkeypatch, capsys, tmp_path):
+    for error, code in ((KeyboardInterrupt(), 130), (OSError("no space left"), 1)):
+        def fails(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr("coser.__main__.export", fails)
+        assert main(["a red box", "-o", "box.glb", "--also", "obj", *QUICK]) == code
+        out, err = capsys.readouterr()
+        assert out.strip() == "box.glb" and (tmp_path / "box.glb").is_file() and "nothing was written" not in err
 
 
 def test_importing_coser_loads_nothing_else():

@@ -6,9 +6,11 @@ import numpy as np
 import pygltflib
 import pytest
 import trimesh
-from solids import cube, joined, sphere
+from solids import cube, joined, sphere, table
 
 from coser.cameras import Cameras
+from coser.metrics import render_mesh, silhouette_iou
+from coser.rasterizer import render
 from coser.reconstruction import reconstruct
 from coser.reconstruction.glb import save_glb, srgb_to_linear
 from coser.reconstruction.mesh import Mesh, keep_parts, part_pinches, simplify, smooth
@@ -94,6 +96,17 @@ def test_simplified_meshes_are_closed_and_within_budget(budget):
     simple = simplify(BALL, budget)
     assert simple.is_watertight and len(simple.faces) <= budget
     assert simple.volume == pytest.approx(BALL.volume, rel=0.05)
+
+
+@pytest.mark.parametrize("solid", [sphere(0.6, 64), table()], ids=["sphere", "table"])
+def test_simplified_meshes_keep_their_silhouettes(solid):
+    cameras = Cameras.orbit(4)
+    dense = reconstruct(render(*solid, cameras, 128), cameras, resolution=96, max_faces=10**6, texture_size=None)
+    coarse = simplify(dense, 500)
+    assert len(coarse.faces) <= 500 < len(dense.faces) / 20
+    seen, kept = (render_mesh(Mesh(m.vertices, m.faces, np.zeros_like(m.vertices)), cameras, 128).masks
+                  for m in (dense, coarse))
+    assert silhouette_iou(kept, seen).min() > 0.93
 
 
 def test_where_collapses_come_to_an_end_the_mesh_stays_whole():

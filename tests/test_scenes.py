@@ -47,6 +47,9 @@ def objects(prompt: str) -> list[tuple[str, int]]:
     ("a chair, two tables, and a lamp", "and and", [("a chair", 1), ("a table", 2), ("a lamp", 1)]),
     ("a red and white mushroom and an axe", "and", [("a red and white mushroom", 1), ("an axe", 1)]),
     ("three grey boxes", "", [("a grey box", 3)]),
+    ("two buses", "", [("a bus", 2)]),
+    ("three green leaves", "", [("a green leaf", 3)]),
+    ("an orange and a red apple", "and", [("an orange", 1), ("a red apple", 1)]),
 ])
 def test_several_objects_are_taken_apart(prompt, relation, expected):
     assert " ".join(scene_plan(prompt).relations) == relation and objects(prompt) == expected
@@ -55,7 +58,7 @@ def test_several_objects_are_taken_apart(prompt, relation, expected):
 @pytest.mark.parametrize("prompt", [
     "a red barrel", "a red and white mushroom", "a knight with a sword and a shield", "a robot wearing a hat",
     "a house on stilts", "a candle on two tables", "a chair, red", "two", "barrel", "two of them", "a of gold on a table",
-    "a cat, a dog, a cow, a pig and a hen",
+    "a cat, a dog, a cow, a pig and a hen", "a red and a blue barrel",
     "a man in front of", "five crates", "a pot with a tulip", "", "on a table",
 ])
 def test_one_object_or_more_than_can_be_told_apart_is_none(prompt):

@@ -63,6 +63,12 @@ def test_wrong_asset_options_name_argument_and_what_is_allowed(name, value, allo
         AssetOptions(**{name: value})
 
 
+def test_an_empty_seed_is_no_error_where_one_is_drawn():
+    assert 0 <= GenerationRequest("a red box", seed=None, randomize_seed=True).with_drawn_seed().seed < 2**31
+    with pytest.raises(ValueError, match="seed must be"):
+        GenerationRequest("a red box", seed=None)
+
+
 def test_whole_numbers_that_arrive_as_floats_are_taken():
     request = GenerationRequest(" a  red\nbox ", num_views=6.0, seed=3.0, elevation=10)
     assert (request.prompt, request.num_views, request.seed) == ("a red box", 6, 3)
@@ -291,6 +297,17 @@ def test_building_from_ones_own_views_can_be_stopped_and_writes_nothing(studio, 
     assert updates[-1].stage == "stopped" and not list(tmp_path.iterdir()) and not len(studio.lane)
 
 
+def test_a_fit_of_colours_alone_can_be_stopped_between_its_steps(studio, tmp_path):
+    posed = own_views()
+    posed = replace(posed, views=replace(posed.views, depths=torch.zeros_like(posed.views.depths)))
+    updates = []
+    for update in studio.rebuild(posed, "my box", tmp_path / "mine.glb",
+                                 lambda: any("step 3 of" in u.message for u in updates)):
+        updates.append(update)
+    assert updates[-1].stage == "stopped" and "Fitting the surface, step 3 of" in updates[-2].message
+    assert not list(tmp_path.iterdir()) and not len(studio.lane)
+
+
 def test_previews_and_results_cover_the_same_picture():
     full = box_views("a red box", Cameras.orbit(6))
     small = quarter_size(full)
@@ -338,6 +355,19 @@ def test_only_old_runs_are_removed(tmp_path):
     os.utime(old, (0, 0))
     remove_old_runs(tmp_path)
     assert new.is_dir() and not old.exists()
+
+
+def test_runs_that_are_asked_for_stay_and_cleaning_up_twice_at_once_is_no_error(tmp_path, monkeypatch):
+    session = session_folder(tmp_path, "visitor")
+    run, gone = run_folder(session), run_folder(session)
+    set_current_run(session, run)
+    os.utime(run, (0, 0)), os.utime(gone, (0, 0))
+    assert current_run(session) == run
+    remove_old_runs(tmp_path)
+    assert run.is_dir() and not gone.exists()
+    monkeypatch.setattr("pathlib.Path.glob", lambda *args: [gone, run])  # gone since it was listed
+    remove_old_runs(tmp_path)
+    assert run.is_dir()
 
 
 def test_file_names_are_readable_and_safe():

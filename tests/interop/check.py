@@ -33,7 +33,7 @@ from coser.metrics import psnr  # noqa: E402
 from coser.rasterizer import render  # noqa: E402
 from coser.reconstruction import Mesh  # noqa: E402
 from coser.surface_metrics import sample_surface, surface_distances  # noqa: E402
-from figure import LONGEST_SIDE, figure, make_files  # noqa: E402
+from figure import LONGEST_SIDE, colored_glb, figure, make_files  # noqa: E402
 
 FLAGS = ("--no-sandbox --disable-quic --disable-background-networking --use-gl=angle --use-angle=swiftshader "
          "--enable-unsafe-swiftshader --ignore-gpu-blocklist").split()
@@ -187,7 +187,7 @@ def main() -> int:
         arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         files = make_files(Path(folder))
-        given = [p.resolve() for p in arguments.glb]
+        given = [colored_glb(Path(folder)), *(p.resolve() for p in arguments.glb)]
         validate([files["glb"], *given], checks)
         reports = draw_in_three([*files.values(), *given])
         for name, report in zip(files, reports):

@@ -12,6 +12,7 @@ from coser.cameras import Cameras
 from coser.rasterizer import render
 from coser.reconstruction import reconstruct
 from coser.reconstruction.exports import FORMATS, export
+from coser.reconstruction.glb import save_glb
 from coser.reconstruction.placement import place
 
 LONGEST_SIDE = 0.75  # metres
@@ -46,3 +47,10 @@ def make_files(folder: Path) -> dict[str, Path]:
             path = next((folder / name).glob(f"*.{name}"))
         files[name] = path
     return files
+
+
+def colored_glb(folder: Path) -> Path:
+    """The same views => a GLB with colours at its vertices in place of a texture."""
+    ring = Cameras.orbit(12)
+    mesh = reconstruct(render(*figure(), ring, 256, shade=False), ring, max_faces=4000, texture_size=None)
+    return save_glb(place(mesh, "feet", LONGEST_SIDE), folder / "colored.glb")
