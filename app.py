@@ -17,6 +17,7 @@ from pathlib import Path
 import gradio as gr
 
 from coser.examples import load_examples
+from coser.own_views import MOST
 from coser.pipeline import ELEVATIONS, NUM_VIEWS
 from coser.reconstruction.exports import FORMATS
 from coser.request import (COLORING, CONSISTENCY, GUIDANCE_RESCALE, GUIDANCE_SCALE, LONGEST_SIDE, MAX_FACES,
@@ -144,8 +145,11 @@ def build_app(studio: Studio, root: Path) -> gr.Blocks:
                                     file_count="multiple", file_types=PICTURES, height=150, elem_id="files")
                     with gr.Column(scale=2):
                         gr.HTML(OWN_VIEWS)
-                        ring = gr.Number(None, minimum=-80, maximum=80, label="Elevation of the ring", elem_id="ring",
-                                         info="degrees; left empty, the silhouettes tell")
+                        with gr.Row():
+                            ring = gr.Number(None, minimum=-80, maximum=80, label="Elevation of the ring",
+                                             elem_id="ring", info="degrees; left empty, the silhouettes tell")
+                            count = gr.Number(0, precision=0, minimum=0, maximum=MOST, label="Views in it",
+                                              elem_id="count", info="0: as many as there are pictures")
                         rebuild = gr.Button("Reconstruct", variant="primary", elem_id="rebuild")
         with gr.Row(elem_id="work"):
             status = gr.HTML(status_line("idle", "Ready"), html_template=STATUS, elem_id="status")
@@ -191,8 +195,8 @@ def build_app(studio: Studio, root: Path) -> gr.Blocks:
 
         wire([prompt.submit, go.click], desk.begin, spaces.GPU(duration=gpu_seconds)(desk.generate),
              [prompt, *settings, *options], [views, status, seed, download], preprocess=False, api_name="generate")
-        wire([rebuild.click], desk.begin_rebuild, spaces.GPU(duration=60)(desk.rebuild), [files, ring, *options],
-             [views, status, download], api_name="reconstruct")
+        wire([rebuild.click], desk.begin_rebuild, spaces.GPU(duration=60)(desk.rebuild),
+             [files, ring, *options, count], [views, status, download], api_name="reconstruct")
         wire([refine.click], desk.begin_refine, desk.refine, options, [status, download], preprocess=False,
              api_name="refine")
         prepared = prepare.click(desk.export, format, other, concurrency_limit=2, api_name="export")

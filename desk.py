@@ -47,7 +47,7 @@ class Desk:
         checked_asset(max_faces, texture_size, coloring, origin, longest_side)
         return self._enter_with_an_empty_stage(request)
 
-    def begin_rebuild(self, files, elevation, max_faces, texture_size, coloring, origin, longest_side,
+    def begin_rebuild(self, files, elevation, max_faces, texture_size, coloring, origin, longest_side, num_views,
                       request: gr.Request):
         """The same for views of one's own."""
         if not files:
@@ -106,18 +106,20 @@ class Desk:
             yield views, with_figures(update.status()), update.seed, update.glb and str(update.glb)
 
     def rebuild(self, files: list[str], elevation: float | None, max_faces: int, texture_size: int, coloring: str,
-                origin: str, longest_side: float, request: gr.Request) -> Iterator[tuple]:
+                origin: str, longest_side: float, num_views: int, request: gr.Request) -> Iterator[tuple]:
         """Views of one's own to 3D: streams (views picture, status, GLB or nothing yet).
 
         files: pictures of one object all around, in the order of their names, or a zip of them; with a
         transforms.json (NeRF convention) among them, it says where the cameras are. elevation: degrees, of a ring
-        without one; where it is left out, the silhouettes tell. The others as in generate.
+        without one; where it is left out, the silhouettes tell. num_views: how many pictures there must be, 2 to 200; 0:
+        as many as there are. The others as in generate.
         """
         options = checked_asset(max_faces, texture_size, coloring, origin, longest_side)
         if not files:
             raise gr.Error(NO_FILES, print_exception=False)
         try:
-            posed = load_views([Path(f) for f in files] if len(files) > 1 else Path(files[0]), elevation=elevation)
+            posed = load_views([Path(f) for f in files] if len(files) > 1 else Path(files[0]), num_views=num_views or None,
+                               elevation=elevation)
         except (ValueError, OSError) as error:
             raise told(error) from error
         title = Path(files[0]).stem if len(files) == 1 else "own views"

@@ -15,6 +15,7 @@ from solids import cube, joined, sphere
 from coser.cameras import Cameras
 from coser.own_views import PosedViews
 from coser.rasterizer import render
+from coser.transforms import cameras_to_transforms
 from coser.views import ViewSet
 
 SIZE = 64
@@ -82,3 +83,32 @@ def six_views() -> tuple[ViewSet, Cameras]:
     """A ring of the solid."""
     cameras = Cameras.orbit(6, elevation=20)
     return render(*SOLID, cameras, SIZE), cameras
+
+
+REFUSED = {  # what is wrong with views of one's own: how it is said, at every door
+    "one view": "own views must be 2 to 200 pictures", "too many": "2 to 200 .*got 201",
+    "no camera": r"frames\[0\].transform_matrix .*got none", "cameras of other pictures": "cameras must belong",
+    "cut short": "6.png .*must be", "no zip": "own views must be a folder, a .zip or"}
+
+
+def refused(wrong: str, folder: Path) -> Path:
+    """A zip of own views with what REFUSED names wrong about them."""
+    views, cameras = six_views()
+    files = capture(views, None)
+    pictures = list(files.values())
+    transforms = cameras_to_transforms(cameras, SIZE)
+    if wrong == "one view":
+        files = {"0.png": pictures[0]}
+    elif wrong == "too many":
+        files = {f"{i}.png": pictures[i % 6] for i in range(201)}
+    elif wrong == "no camera":
+        del transforms["frames"][0]["transform_matrix"]
+        files = capture(views, transforms)
+    elif wrong == "cameras of other pictures":
+        files = capture(views[[0, 3, 1, 5, 2, 4]], transforms)
+    elif wrong == "cut short":
+        files["views/6.png"] = pictures[0][:100]
+    path = zipped(files, folder / "wrong.zip")
+    if wrong == "no zip":
+        path.write_bytes(b"no zip")
+    return path

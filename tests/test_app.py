@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from captures import REFUSED, refused
 from drawn_pipeline import NOTHING, DrawnPipeline, box_views, fit_in_few_steps, mean_color, welded
 from gradio import SelectData
 from gradio.exceptions import Error
@@ -137,6 +138,19 @@ def test_a_broken_picture_ends_in_a_message_that_names_it(visitor, ring, tmp_pat
     with pytest.raises(AppError, match="view-6.png"):
         visitor().predict(files, 20, **ASSET, api_name="/reconstruct")
     assert "Traceback" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_unusable_views_of_ones_own_end_in_the_message_of_their_reader(client, tmp_path, capfd, wrong):
+    with pytest.raises(AppError, match=REFUSED[wrong]):
+        client.predict([handle_file(refused(wrong, tmp_path))], None, **ASSET, api_name="/reconstruct")
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_the_number_of_own_views_is_checked_where_it_is_given(client, ring):
+    with pytest.raises(AppError, match="num_views must be the number of pictures, 6, got 7"):
+        client.predict([handle_file(path) for path in sorted(ring.iterdir())], None, **ASSET, num_views=7,
+                       api_name="/reconstruct")
 
 
 @pytest.mark.parametrize("wrong, named", [

@@ -1,12 +1,14 @@
 """Truths about `python -m coser`: its files, its progress lines and its exit codes."""
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import trimesh
+from captures import REFUSED, refused
 from drawn_pipeline import NOTHING, DrawnPipeline, box_views, fit_in_few_steps, mean_color, welded
 from PIL import Image
 
@@ -91,6 +93,13 @@ def test_a_folder_without_pictures_exits_with_2_and_one_line(capsys, tmp_path):
     assert main(["--views", "empty"]) == 2 and main(["--views", "nowhere"]) == 2
     err = capsys.readouterr().err
     assert err.count("coser: ") == 2 and err.count("\n") == 2 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_unusable_views_of_ones_own_exit_with_2_and_the_message_of_their_reader(wrong, capsys, tmp_path):
+    assert main(["--views", str(refused(wrong, tmp_path))]) == 2
+    err = capsys.readouterr().err
+    assert re.search(REFUSED[wrong], err) and err.startswith("coser: ") and err.count("\n") == 1
 
 
 def test_an_interrupt_exits_with_130_and_leaves_no_file(monkeypatch, capsys, tmp_path):
