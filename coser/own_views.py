@@ -42,7 +42,7 @@ class PosedViews:
     views: N square views, depths 0 where no depth maps came along. cameras: their N cameras. notes: what was assumed,
     changed or left out, a sentence each. world_to_source: [4,4] float64, the similarity that takes a point of the
     cameras' world to that of the transforms.json (z up there); the identity's axes where there is none. names: the
-    pictures' file names.
+    pictures' file names. drawn: by a model, as the file's extras say of a ring that we exported.
     """
 
     views: ViewSet
@@ -50,6 +50,7 @@ class PosedViews:
     notes: tuple[str, ...]
     world_to_source: Tensor
     names: tuple[str, ...]
+    drawn: bool = False
 
 
 def load_views(path: str | os.PathLike | Sequence[str | os.PathLike], *, num_views: int | None = None,
@@ -109,7 +110,9 @@ def _posed(files: PictureFiles, name: str, num_views: int | None, size: int, max
         notes.append(f"Left out, for they have no camera in {PurePosixPath(name).name}: {shown}.")
     if transforms.get("unit_sphere") is True:
         own = _framed(photographs, np.zeros(3), 1.0, _reach(photographs), notes, FILE_TO_WORLD.T, size)
-        return _checked_against_silhouettes(own)
+        extras = transforms.get("extras")
+        drawn = isinstance(extras, dict) and "settings" in extras and "scene" not in extras
+        return replace(_checked_against_silhouettes(own), drawn=drawn)
     photographs = _whole(photographs, notes)
     middle, radius = meeting_point(photographs)
     ups = np.stack([photograph.camera_to_world[:3, 1] for photograph in photographs]).mean(0)

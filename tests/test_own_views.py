@@ -61,6 +61,13 @@ def test_exported_views_come_back_untouched(foreign, tmp_path):
     assert again.cameras.fov == pytest.approx(own.cameras.fov, abs=1e-5)
 
 
+def test_views_of_a_ring_that_was_drawn_come_back_as_drawn(ring, tmp_path):
+    drawn = [load_views(save_views(*ring, tmp_path / f"{i}.zip", extras=extras), size=SIZE).drawn for i, extras in
+             enumerate([{"settings": {"prompt": "a box"}}, {"own_views": {"count": 6}}, None,
+                        {"settings": {"prompt": "a cup on a box"}, "scene": {}}])]
+    assert drawn == [True, False, False, False]
+
+
 def test_a_foreign_capture_becomes_views_of_a_unit_object(foreign, tmp_path):
     files, solid = foreign
     own = load_views(zipped(files, tmp_path / "foreign.zip"), size=SIZE)

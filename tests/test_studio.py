@@ -17,6 +17,7 @@ from coser.cameras import Cameras
 from coser.pipeline import CoSERPipeline
 from coser.models.unet import MIXERS
 from coser.own_views import PosedViews
+from coser.reconstruction import stream_surface
 from coser.request import AssetOptions, GenerationRequest
 from coser.sessions import (current_run, file_name, remove_old_runs, run_folder, session_folder, set_current_run)
 from coser.studio import TILE, Studio, _Run, grid
@@ -287,6 +288,20 @@ def test_views_of_ones_own_become_an_asset_with_a_note(studio, tmp_path):
     assert record["title"] == "my box" and record["own_views"]["count"] == 6 and "settings" not in record
     percents = [u.percent for u in updates]
     assert percents == sorted(percents) and percents[0] == 0 and percents[-1] == 100
+
+
+def test_what_was_drawn_is_smoothed_and_pictures_are_not(studio, tmp_path, monkeypatch):
+    asked = []
+
+    def surface(*args, drawn):
+        asked.append(drawn)
+        return stream_surface(*args, drawn=drawn)
+
+    monkeypatch.setattr("coser.studio.stream_surface", surface)
+    list(studio.generate(REQUEST, tmp_path / "a.glb", options=QUICK))
+    list(studio.rebuild(own_views(), "mine", tmp_path / "b.glb", options=QUICK))
+    list(studio.rebuild(replace(own_views(), drawn=True), "back", tmp_path / "c.glb", options=QUICK))
+    assert asked == [True, False, True]
 
 
 def test_building_from_ones_own_views_can_be_stopped_and_writes_nothing(studio, tmp_path):
