@@ -115,7 +115,7 @@ class CoSERPipeline(DiffusionPipeline):
         pulled to, some of SYMMETRIES; estimates are averaged over those that a ring of num_views has (of an odd one no
         view shows the back of another) in the first SYMMETRIC_UNTIL of the steps. guidance_rescale: 0..1, how much of
         what guidance does to an estimate's brightness and contrast is taken back (see `rescaled`). skip_guidance_scale:
-        >= 0, how far views move away from what each would show by itself (see `_heeding`). consistency: 0..1; at some
+        >= 0, how far views move away from what each would show by itself (see `heeding`). consistency: 0..1; at some
         steps this share of the estimate is replaced by what `fuse` makes of its views: the views of one object, such as
         `coser.consistency.fused_views` (3D-aware denoising, as in VideoMV, Zuo et al. 2024). Raises ValueError, when
         first read, for anything else.

@@ -137,6 +137,8 @@ def test_short_captions_name_colour_and_object_and_kind():
     assert ring.short_captions == ("an oak tree", "an orange oak tree", "an orange tree")
     ring = Ring(None, "a", "red wooden box", ("a box",), ("red",))
     assert ring.short_captions == ("a box", "a red wooden box", "a red box"), "the colour is said once"
+    ring = Ring(None, "a", "robot drone with a gun", ("a robot",), ("yellow",))
+    assert ring.short_captions == ("a robot", "a yellow robot drone with a gun"), "it is no yellow gun"
 
 
 def test_a_folder_that_was_never_rendered_into_is_refused(tmp_path):

@@ -116,8 +116,9 @@ def test_copies_make_no_kind_common(tmp_path):
     assert {r.asset_id for r in list_rings(folder, min_kind_count=2)} == {"b", "c", "c~pink"}
 
 
-def test_held_out_pairs_are_never_painted(tmp_path, monkeypatch):
-    rows = [row(f"a{i}") for i in range(30)] + [row("b", "blue"), row("g", "green")]
+@pytest.mark.parametrize("called", ["barrel", "four barrels", "barrel with a small tap", "yellow barrels on a pallet"])
+def test_held_out_pairs_are_never_painted_whatever_an_asset_calls_its_kind(tmp_path, monkeypatch, called):
+    rows = [row(f"a{i}") | {"object": called} for i in range(30)] + [row("b", "blue"), row("g", "green")]
     folder = write_renders(tmp_path / "renders", rows, b=two_toned((40, 60, 200)), g=two_toned((40, 160, 60)))
     monkeypatch.setattr(recolor, "held_out_pairs", lambda: {("blue", "barrel")})
     words = {w.split("~")[1] for w in recolor_rings(folder) if w.startswith("a")}

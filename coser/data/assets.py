@@ -26,6 +26,7 @@ from torch import Tensor
 LOOSE_SUFFIXES = (".glb", ".gltf", ".obj")
 HELD_OUT_SHARE = 0.05  # of assets that come without a split
 DETAILS = re.compile(r"\b(?:with|of|in|that|which|made|for|holding|wearing|carrying)\b|[,.;:]")
+PLACES = re.compile(r"\b(?:and|on|at|under|over|beside|behind|from|like|against|around|near|between)\b")
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,12 @@ def list_assets(folder: str | Path, split: str | None = None, min_quality: int =
 def last_word(asset: Any) -> str:
     """The noun that names the kind of whatever has an `object` (an asset, a ring): "oak tree" -> "tree"."""
     return (asset.object.split() or [""])[-1].lower()
+
+
+def head_word(asset: Any) -> str:
+    """The noun that an `object` is about, before any preposition: "table with two plates" -> "table", of which
+    `last_word` makes plates. "" where nothing stands before it."""
+    return (PLACES.split(before_details(asset.object.lower()), 1)[0].split() or [""])[-1]
 
 
 def with_article(words: str) -> str:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from coser.cameras import Cameras
-from coser.data.assets import in_color, last_word
+from coser.data.assets import head_word, in_color, last_word
 from coser.data.index import INDEX, is_stretched, original_id, read_index
 from coser.data.render import load_ring, ring_to_views
 from coser.data.stretch import WORDS, with_size
@@ -70,12 +70,12 @@ class Ring:
     def short_captions(self) -> tuple[str, ...]:
         """What people type: the first caption, and "a <colour> <object>" and "a <colour> <kind>" where both are known.
 
-        Those of a stretched copy say how it is stretched, where that shows: what is called by its kind looks as usual.
+        A kind that the object is not about is no name for it: of a robot with a gun none says "a yellow gun". Those of a stretched copy say how it is stretched, where that shows: what is called by its kind looks as usual.
         """
         if not self.colors or not self.object:
             return self.captions[:1]
         how = self.stretch
-        names = (self.object.removeprefix(how).strip(), self.kind)
+        names = (self.object.removeprefix(how).strip(), *[self.kind] * (head_word(self) == self.kind))
         named = (with_size(in_color(self.colors[0], name), how) for name in names)
         return tuple(dict.fromkeys((self.captions[0], *filter(None, named))))
 

@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from coser.data.assets import in_color
+from coser.data.assets import head_word, in_color
 from coser.data.dataset import Ring, first_rings, list_rings
 from coser.data.index import INDEX, is_repainted, original_id, read_index, repainted_id, write_index
-from coser.questions import QUESTIONS, load_questions
+from coser.questions import QUESTIONS, is_name_of, load_questions
 from coser.whole_files import whole_file
 
 # Hue (degrees) that each word names, and where it ends: both sides of a peak are looked for within it.
@@ -162,7 +162,8 @@ def _paintable(ring: Ring) -> bool:
 def recolor_rings(renders: Path, seed: int = 0, rings: tuple[int, ...] = (0, 1)) -> list[str]:
     """Writes at most one repainted copy of each ring that allows it; returns the new assets' ids.
 
-    The colour is drawn evenly from TARGETS less the ring's own colours and the held-out pairs, and looks as one of the
+    The colour is drawn evenly from TARGETS less the ring's own colours and those held out with what it is called by its
+    last noun or by the one that it is about, in any of its words and numbers ("two tables with food"), and looks as one of the
     assets that natively wear it. Copies that exist are kept.
     """
     found = [r for r in list_rings(renders)
@@ -182,7 +183,9 @@ def recolor_rings(renders: Path, seed: int = 0, rings: tuple[int, ...] = (0, 1))
         if ring.path not in worn:
             continue
         draw = np.random.default_rng([seed, zlib.crc32(ring.path.stem.encode())])
-        allowed = [w for w in TARGETS if w not in ring.colors and (w, ring.kind) not in held_out and palette[w]]
+        names = {ring.kind, head_word(ring)}
+        kept_out = {color for color, kind in held_out if any(is_name_of(name, kind) for name in names)}
+        allowed = [w for w in TARGETS if w not in ring.colors and w not in kept_out and palette[w]]
         if not allowed:
             continue
         word = allowed[draw.integers(len(allowed))]
