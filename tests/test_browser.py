@@ -197,6 +197,7 @@ def test_a_run_that_fails_says_why_and_leaves_the_page_as_useful_as_before(page,
     page.wait_for_selector("#rebuild:enabled")
     assert page.is_enabled("#go") and page.is_disabled("#stop")
     assert "ended early" in page.inner_text("#status")
+    page.click("button[role=tab]:has-text('sentence')")
     page.locator("#examples .gallery-item button").first.click()  # which a run still in the line would forbid
     page.wait_for_selector("#status .example")
 
