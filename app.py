@@ -146,8 +146,9 @@ def build_app(studio: Studio, root: Path) -> gr.Blocks:
                     with gr.Column(scale=2):
                         gr.HTML(OWN_VIEWS)
                         with gr.Row():
-                            ring = gr.Number(None, minimum=-80, maximum=80, label="Elevation of the ring",
-                                             elem_id="ring", info="degrees; left empty, the silhouettes tell")
+                            # a text: an empty number would come back from the page as 0 (gradio 6.31)
+                            ring = gr.Textbox("", max_lines=1, label="Elevation of the ring", elem_id="ring",
+                                              info="degrees; left empty, the silhouettes tell")
                             count = gr.Number(0, precision=0, minimum=0, maximum=MOST, label="Views in it",
                                               elem_id="count", info="0: as many as there are pictures")
                         rebuild = gr.Button("Reconstruct", variant="primary", elem_id="rebuild")

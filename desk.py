@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from coser.studio import RunUpdate, Studio
 STOP = "stop"  # a file of this name in a session's folder asks its run to end; files reach ZeroGPU's worker process too
 FINISHED = "finished.npz"  # in a run's folder: what its asset can be made from again
 ONE_AT_A_TIME = "One at a time: press Stop first."
+RING_ELEVATION = 80  # degrees, up or down: beyond, a ring is hardly one
 NO_FILES = "Choose pictures, or a zip of them, first."
 NO_RUN = "Make an object first: press Generate, or Reconstruct with your own views. Pre-made examples are GLB only."
 ANOTHER = "This file would be of the object before: another has come on the stage since. Ask again for that one's."
@@ -52,6 +54,7 @@ class Desk:
         """The same for views of one's own."""
         if not files:
             raise gr.Error(NO_FILES, print_exception=False)
+        checked_elevation(elevation)
         checked_asset(max_faces, texture_size, coloring, origin, longest_side)
         return self._enter_with_an_empty_stage(request)
 
@@ -105,13 +108,13 @@ class Desk:
                                                                                         options)):
             yield views, with_figures(update.status()), update.seed, update.glb and str(update.glb)
 
-    def rebuild(self, files: list[str], elevation: float | None, max_faces: int, texture_size: int, coloring: str,
+    def rebuild(self, files: list[str], elevation: str | None, max_faces: int, texture_size: int, coloring: str,
                 origin: str, longest_side: float, num_views: int, request: gr.Request) -> Iterator[tuple]:
         """Views of one's own to 3D: streams (views picture, status, GLB or nothing yet).
 
         files: pictures of one object all around, in the order of their names, or a zip of them; with a
-        transforms.json (NeRF convention) among them, it says where the cameras are. elevation: degrees, of a ring
-        without one; where it is left out, the silhouettes tell. num_views: how many pictures there must be, 2 to 200; 0:
+        transforms.json (NeRF convention) among them, it says where the cameras are. elevation: degrees, -80 to 80, of a
+        ring without one; "": the silhouettes tell. num_views: how many pictures there must be, 2 to 200; 0:
         as many as there are. The others as in generate.
         """
         options = checked_asset(max_faces, texture_size, coloring, origin, longest_side)
@@ -119,7 +122,7 @@ class Desk:
             raise gr.Error(NO_FILES, print_exception=False)
         try:
             posed = load_views([Path(f) for f in files] if len(files) > 1 else Path(files[0]), num_views=num_views or None,
-                               elevation=elevation)
+                               elevation=checked_elevation(elevation))
         except (ValueError, OSError) as error:
             raise told(error) from error
         title = Path(files[0]).stem if len(files) == 1 else "own views"
@@ -274,6 +277,20 @@ def checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, s
                                  skip_guidance_scale=skip_guidance_scale)
     except ValueError as error:
         raise told(error) from error
+
+
+def checked_elevation(typed: str | float | None) -> float | None:
+    """A ring's elevation in degrees as it was typed; None where nothing was."""
+    if typed is None or not str(typed).strip():
+        return None
+    try:
+        elevation = float(str(typed).replace(",", ".").removesuffix("°"))
+    except ValueError:
+        elevation = math.nan
+    if not abs(elevation) <= RING_ELEVATION:
+        raise told(ValueError(f"elevation must be a number of degrees from -{RING_ELEVATION} to {RING_ELEVATION}, or "
+                              f"empty, got {str(typed)[:40]!r}"))
+    return elevation
 
 
 def checked_asset(*values) -> AssetOptions:

@@ -147,6 +147,17 @@ def test_unusable_views_of_ones_own_end_in_the_message_of_their_reader(client, t
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize("typed, meant", [(None, None), (" ", None), ("20", 20.0), (-7.5, -7.5), ("12,5°", 12.5)])
+def test_a_rings_elevation_is_read_as_people_type_it(typed, meant):
+    assert desks.checked_elevation(typed) == meant
+
+
+@pytest.mark.parametrize("typed", ["high", "81", "nan", "inf"])
+def test_a_rings_elevation_that_is_none_ends_in_a_message(client, ring, typed):
+    with pytest.raises(AppError, match="elevation must be a number of degrees from -80 to 80, or empty, got"):
+        client.predict([handle_file(path) for path in sorted(ring.iterdir())], typed, **ASSET, api_name="/reconstruct")
+
+
 def test_the_number_of_own_views_is_checked_where_it_is_given(client, ring):
     with pytest.raises(AppError, match="num_views must be the number of pictures, 6, got 7"):
         client.predict([handle_file(path) for path in sorted(ring.iterdir())], None, **ASSET, num_views=7,
