@@ -181,8 +181,8 @@ def build_app(studio: Studio, root: Path) -> gr.Blocks:
         buttons = [go, rebuild, refine, prepare, stop]
         seed = settings[4]
         quiet = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-        # Runs take turns in the studio's lane, where one that waits can be stopped. On ZeroGPU they work in a process of
-        # its own, which knows nothing of that lane here: there gradio's queue lets in one at a time.
+        # Runs take turns in the studio's lane, where one that waits can be stopped. On ZeroGPU they work in a process
+        # of its own, which knows nothing of that lane here: there gradio's queue lets in one at a time.
         lane = {"show_progress": "hidden", "concurrency_id": "gpu",
                 "concurrency_limit": 1 if spaces.config.Config.zero_gpu else IN_THE_LANE}
 

@@ -121,8 +121,8 @@ class Desk:
         if not files:
             raise gr.Error(NO_FILES, print_exception=False)
         try:
-            posed = load_views([Path(f) for f in files] if len(files) > 1 else Path(files[0]), num_views=num_views or None,
-                               elevation=checked_elevation(elevation))
+            posed = load_views([Path(f) for f in files] if len(files) > 1 else Path(files[0]),
+                               num_views=num_views or None, elevation=checked_elevation(elevation))
         except (ValueError, OSError) as error:
             raise told(error) from error
         title = Path(files[0]).stem if len(files) == 1 else "own views"

@@ -147,8 +147,8 @@ class Studio:
         try:  # left however the run ends, also when the reader goes away in the middle
             ahead = None
             while ahead != 0:
-                if self.lane.ahead_of(place) != ahead:
-                    ahead = self.lane.ahead_of(place)
+                before, ahead = ahead, self.lane.ahead_of(place)
+                if ahead != before:
                     yield run.update("waiting", f"Waiting for {ahead} other run{'s' * (ahead > 1)}" if ahead
                                      else "Starting")
                 elif should_stop():
@@ -204,8 +204,8 @@ class Studio:
         shown = torch.linspace(0, count - 1, min(count, GRID_VIEWS)).round().long()
         run.picture = grid(posed.views[shown])
         record = {"title": title, "own_views": {"count": count, "notes": list(posed.notes)}}
-        yield from self._build(run, stream_surface(posed.views.to(self.device), posed.cameras.to(self.device),
-                                                   drawn=posed.drawn), record | self._origin(with_model=False), glb, should_stop, options)
+        steps = stream_surface(posed.views.to(self.device), posed.cameras.to(self.device), drawn=posed.drawn)
+        yield from self._build(run, steps, record | self._origin(with_model=False), glb, should_stop, options)
 
     def _build(self, run: "_Run", steps: Iterator[SurfaceStep], record: dict, glb: Path,
                should_stop: Callable[[], bool], options: AssetOptions) -> Iterator[RunUpdate]:

@@ -53,7 +53,8 @@ def test_without_an_output_the_glb_is_named_after_prompt_and_drawn_seed(capsys, 
 
 @pytest.mark.parametrize("arguments, named", [
     ([""], "prompt"), (["a box", "--num-views", "3"], "num_views"), (["a box", "-o", "box.obj"], "output"),
-    (["a box", "-o", "missing/box.glb"], "output"), (["a box", "-o", "box.GLB"], "output"), (["a box", "--elevation", "31"], "elevation"),
+    (["a box", "-o", "missing/box.glb"], "output"), (["a box", "-o", "box.GLB"], "output"),
+    (["a box", "--elevation", "31"], "elevation"),
     ([], "prompt"), (["a box", "--views", "."], "prompt"), (["a box", "--max-faces", "3"], "max_faces"),
     (["a box", "--texture-size", "77"], "texture_size"), (["a box", "--origin", "moon"], "origin"),
     (["a box", "--symmetry", "sideways"], "symmetry"),

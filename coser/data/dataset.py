@@ -70,7 +70,8 @@ class Ring:
     def short_captions(self) -> tuple[str, ...]:
         """What people type: the first caption, and "a <colour> <object>" and "a <colour> <kind>" where both are known.
 
-        A kind that the object is not about is no name for it: of a robot with a gun none says "a yellow gun". Those of a stretched copy say how it is stretched, where that shows: what is called by its kind looks as usual.
+        A kind that the object is not about is no name for it: of a robot with a gun none says "a yellow gun". Those of
+        a stretched copy say how it is stretched, where that shows: what is called by its kind looks as usual.
         """
         if not self.colors or not self.object:
             return self.captions[:1]

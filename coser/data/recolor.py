@@ -163,8 +163,8 @@ def recolor_rings(renders: Path, seed: int = 0, rings: tuple[int, ...] = (0, 1))
     """Writes at most one repainted copy of each ring that allows it; returns the new assets' ids.
 
     The colour is drawn evenly from TARGETS less the ring's own colours and those held out with what it is called by its
-    last noun or by the one that it is about, in any of its words and numbers ("two tables with food"), and looks as one of the
-    assets that natively wear it. Copies that exist are kept.
+    last noun or by the one that it is about, in any of its words and numbers ("two tables with food"), and looks as one
+    of the assets that natively wear it. Copies that exist are kept.
     """
     found = [r for r in list_rings(renders)
              if not is_repainted(r.asset_id) and int(r.path.stem.rsplit("-", 1)[1]) in rings]
