@@ -203,6 +203,9 @@ def test_a_run_that_fails_says_why_and_leaves_the_page_as_useful_as_before(page,
 
 
 def test_a_visitor_who_waits_for_another_can_leave_the_line(page, visit):
+    page.click("#settings button")
+    page.fill("#steps input[type=number]", "50")  # time enough for the second to come and go
+    page.press("#steps input[type=number]", "Tab")
     for visitor in (page, second := visit()):
         visitor.fill("#prompt textarea, #prompt input", "a green pine tree")
         visitor.click("#go")
