@@ -1,5 +1,6 @@
 """Truths about the app's API and its wiring, over HTTP; only the pipeline is not the real thing."""
 
+import os
 import re
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -276,6 +277,27 @@ def test_a_run_that_begins_takes_the_object_before_out_of_reach(desk, tmp_path):
     assert not refine.interactive and not prepare.interactive
     with pytest.raises(Error, match="Make an object first"):
         desk.export("obj", visitor)
+
+
+def test_a_file_that_is_ready_too_late_is_not_put_under_the_next_object(desk, monkeypatch):
+    visitor = SimpleNamespace(session_hash="visitor")
+    run, following = (run_folder(desk.folder(visitor)) for _ in range(2))
+    (run / "a-red-box-0.json").write_text("{}")
+    set_current_run(desk.folder(visitor), run)
+    monkeypatch.setattr(desks, "load_finished", lambda path: SimpleNamespace(
+        mesh=None, surface=SimpleNamespace(views=None, cameras=None)))
+    monkeypatch.setattr(desks, "export", lambda *args, **kwargs: None)
+    assert desk.export("obj", visitor).endswith("a-red-box-0-obj.zip")
+    monkeypatch.setattr(desks, "export", lambda *args, **kwargs: set_current_run(desk.folder(visitor), following))
+    with pytest.raises(Error, match="another has come on the stage"):
+        desk.export("stl", visitor)
+
+
+def test_runs_of_those_who_never_open_the_page_are_cleaned_up_too(desk):
+    visitor = SimpleNamespace(session_hash="program")
+    old = run_folder(desk.folder(visitor))
+    os.utime(old, (0, 0))
+    assert list(desk._work(visitor, lambda run, stop: iter(()))) == [] and not old.exists()
 
 
 def test_the_lane_is_free_again_after_a_cancelled_call(visitor):
