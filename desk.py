@@ -75,7 +75,6 @@ class Desk:
         if request.session_hash in self.line:
             raise gr.Error(ONE_AT_A_TIME, print_exception=False)
         (self.folder(request) / STOP).unlink(missing_ok=True)
-        remove_old_runs(self.root)
         ahead = len(self.line)
         self.line.add(request.session_hash)
         message = f"Waiting for {ahead} other visitor{'s' if ahead > 1 else ''}" if ahead else "Starting"

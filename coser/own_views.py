@@ -106,8 +106,7 @@ def _posed(files: PictureFiles, name: str, num_views: int | None, size: int, max
     if any(any(photograph.distortion) for photograph in photographs):
         notes.append("The lens's distortion was undone.")
     if left := _without_camera(files, pictures, {*depths, *masks}):
-        shown = ", ".join(left[:3]) + (" and others" if len(left) > 3 else "")
-        notes.append(f"Left out, for they have no camera in {PurePosixPath(name).name}: {shown}.")
+        notes.append(f"Left out, for they have no camera in {PurePosixPath(name).name}: {_first_of(left)}.")
     if transforms.get("unit_sphere") is True:
         own = _framed(photographs, np.zeros(3), 1.0, _reach(photographs), notes, FILE_TO_WORLD.T, size)
         extras = transforms.get("extras")
@@ -304,10 +303,13 @@ def _found(files: PictureFiles, name: str, paths: list[str | None], what: str) -
     found = [None if path is None else files.find(path, folder) for path in paths]
     missing = [path for path, file in zip(paths, found) if path is not None and file is None]
     if missing:
-        shown = ", ".join(missing[:3]) + (" and others" if len(missing) > 3 else "")
         raise ValueError(f"{name} must name {what} that are there, got {len(missing)} of {len(paths)} that are not: "
-                         f"{shown}")
+                         f"{_first_of(missing)}")
     return found
+
+
+def _first_of(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
 
 
 def _check_count(count: int, num_views: int | None) -> None:
