@@ -177,7 +177,7 @@ def load_autoencoder(options: argparse.Namespace) -> tuple[ViewAutoencoder, View
 
 def rings_to_train_on(options: argparse.Namespace) -> list[Ring]:
     """Those the options ask for, whether encoded or not, and of whichever elevation."""
-    rings = list_rings(options.renders, options.limit, options.min_kind_count)
+    rings = list_rings(options.renders, options.limit, options.min_kind_count, subjects=True)
     return rings + [ring.mirror() for ring in rings] if options.mirror else rings
 
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from coser.cameras import Cameras
+from coser.data.assets import head_word
 from coser.data.dataset import LatentRings, Prefetched, Ring, ViewBatches, held_out_views, list_rings, mirror_views
+from coser.data.index import write_index
 from coser.data.render import load_ring
 from coser.rasterizer import render
 from coser.views import views_to_channels
@@ -138,7 +140,33 @@ def test_short_captions_name_colour_and_object_and_kind():
     ring = Ring(None, "a", "red wooden box", ("a box",), ("red",))
     assert ring.short_captions == ("a box", "a red wooden box", "a red box"), "the colour is said once"
     ring = Ring(None, "a", "robot drone with a gun", ("a robot",), ("yellow",))
-    assert ring.short_captions == ("a robot", "a yellow robot drone with a gun"), "it is no yellow gun"
+    assert ring.short_captions == ("a robot", "a yellow robot drone with a gun", "a yellow drone"), "it is no yellow gun"
+    ring = Ring(None, "a", "pile of gold coins", ("coins",), ("gold",))
+    assert ring.short_captions == ("coins", "a pile of gold coins"), "a pile is an amount, of many things"
+
+
+@pytest.mark.parametrize("name, head", [
+    ("oak tree", "tree"), ("table with two plates", "table"), ("pile of gold coins", ""), ("woodpile", "woodpile"),
+    ("stack", "stack"), ("built-in washer", "washer"), ("earth-like planet", "planet"), ("key on a ring", "key"),
+    ("mug of beer", "mug"), ("in a box", ""), ("", "")])
+def test_an_object_is_about_what_stands_before_a_preposition(name, head):
+    assert head_word(Ring(None, "a", name, (), ())) == head
+
+
+def test_rings_are_kept_and_drawn_by_what_they_are_about(tmp_path):
+    names = {"a": "table with plates", "b": "small table", "c": "blue plates", "d": "plates", "e": "vase"}
+    write_index(tmp_path, [{"id": i, "object": name, "captions": [name], "colors": []} for i, name in names.items()])
+    for i in names:
+        (tmp_path / f"{i}-0.safetensors").touch()
+
+    def known(**options):
+        return "".join(r.asset_id for r in list_rings(tmp_path, **options))
+
+    assert known() == known(subjects=True) == "abcde" and known(min_kind_count=2) == "acd"
+    assert known(min_kind_count=2, subjects=True) == "abcd"
+    assert known(min_kind_count=3) == "acd", "by its last word a table with plates is plates"
+    batches = LatentRings(list_rings(tmp_path), [torch.zeros(4, 1, 1, 1)] * 5, [20.0] * 5, view_counts=(4,), balance=1.0)
+    assert batches.weights.tolist() == [0.5] * 4 + [1.0]
 
 
 def test_a_folder_that_was_never_rendered_into_is_refused(tmp_path):

@@ -10,13 +10,14 @@ from solids import cube
 from tiny import write_packed_assets
 
 from coser.cameras import ELEVATION
-from coser.data.assets import Asset, list_assets
+from coser.data.assets import Asset, list_assets, load_mesh
 from coser.data.dataset import Ring, first_rings, is_copy, list_rings
 from coser.data.index import is_repainted, is_stretched, original_id, repainted_id, stretched_id
 from coser.data.recolor import recolor_rings
 from coser.data.render import load_ring, render_assets
 from coser.data.stretch import (HEIGHT, TAPER, WIDTH, Stretch, are_stretched, draw_stretch, main, render_stretched,
                                 stretched, stretched_asset, with_size)
+from coser.rasterizer import render
 
 SIZES = dict(num_views=4, size=64)
 
@@ -53,6 +54,36 @@ def test_nothing_stretched_is_the_same_shape():
 def test_a_flat_asset_is_stretched_too():
     flat = cube()[0] * torch.tensor([1.0, 0.0, 1.0])
     assert stretched(flat, Stretch(1.2, 1.1, 0.2)).isfinite().all()
+
+
+def test_every_other_copy_is_a_mirror_image_and_says_so(tmp_path):
+    stretches = [draw_stretch("sign", copy) for copy in range(4)]
+    assert [s.mirrored for s in stretches] == [False, True, False, True]
+    vertices = cube(0.3, (0.3, 0.1, 0.0))[0]
+    plain, mirrored = (stretched(vertices, Stretch(1.2, 1.1, 0.1, mirrored=m)) for m in (False, True))
+    assert torch.allclose(plain * torch.tensor([-1.0, 1, 1]), mirrored) and not torch.allclose(plain, mirrored)
+    sign = Asset("sign", "", object="sign pointing left", captions=("a sign pointing left",), colors=("red",))
+    names = [stretched_asset(sign, copy) for copy in (0, 1)]
+    assert "left" in names[0].object and "right" in names[1].object
+    assert names[0].captions[0].endswith("left") and names[1].captions[0].endswith("right")
+
+
+def test_a_mirror_image_is_lit_and_seen_like_any_other_object(tmp_path):
+    assets = [a for a in list_assets(write_packed_assets(tmp_path / "assets"), "train") if a.object == "cube"][:1]
+    mesh, made = load_mesh(assets[0]), draw_stretch(assets[0].id, 1)
+    render_stretched(assets, tmp_path / "rings", copies=2, **SIZES)
+    views, cameras = load_ring(tmp_path / "rings" / f"{stretched_id(assets[0].id, 1)}-0.safetensors")
+    by_hand = stretched(mesh[0] * torch.tensor([-1.0, 1, 1]), replace(made, mirrored=False))
+    wanted = render(by_hand, mesh[1].flip(1), mesh[2].flip(1), cameras, SIZES["size"])
+    assert (views.views - wanted.views).abs().max() < 2 / 255 and made.mirrored
+
+
+@pytest.mark.parametrize("name", ["tall bone", "long tall bone", "bone", "flat"])
+def test_no_copy_is_both_tall_and_low(name):
+    copies = [stretched_asset(Asset(f"asset-{i}", "", object=name, captions=(f"a {name}",)), 0) for i in range(40)]
+    words = {draw_stretch(f"asset-{i}", 0).word for i in range(40)}
+    rest = name.split()[-1]
+    assert {c.object for c in copies} == {f"{word} {rest}" if word else name for word in words}
 
 
 def test_stretches_are_drawn_within_their_bounds_and_again_the_same():

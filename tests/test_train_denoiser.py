@@ -11,7 +11,7 @@ from coser.cameras import Cameras
 from coser.caption_states import encode_captions
 from coser.data.dataset import RingBatch, list_rings, mirror_views
 from coser.data.render import load_ring
-from coser.flow import SHIFT, TRAINING_SHIFT, flow_loss, noise_levels, small_scheduler
+from coser.flow import LEVELS, SHIFT, TRAINING_SHIFT, flow_loss, noise_levels, small_scheduler
 from coser.latents import encode_rings
 from coser.models.block import MIXERS
 from coser.train_denoiser import drop_mixers, encode_together, rings_to_train_on, view_counts_of
@@ -22,6 +22,15 @@ def test_noise_levels_lie_between_nothing_and_all_shifted_towards_noise():
     assert 0 <= float(levels.min()) < 0.01 and 0.999 < float(levels.max()) <= 1
     middle = TRAINING_SHIFT * 0.5 / (1 + (TRAINING_SHIFT - 1) * 0.5)  # where the shift puts the median
     assert float(levels.median()) == pytest.approx(middle, abs=0.01)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_noise_levels_of_a_batch_lie_one_in_each_part(levels):
+    generator = torch.Generator().manual_seed(0)
+    batches = torch.stack([noise_levels(20, generator, 1.0, levels) for _ in range(500)])
+    likely = batches if levels == "uniform" else torch.special.ndtr(batches.logit())
+    assert torch.equal((likely.double() * 20).floor().sort(1)[0], torch.arange(20.0).double().expand(500, 20))
+    assert (likely.mean(0) - 0.5).abs().max() < 0.06, "whichever sample of a batch"
 
 
 def test_noise_levels_do_not_leave_out_what_a_sampler_begins_with():

@@ -25,8 +25,11 @@ from torch import Tensor
 
 LOOSE_SUFFIXES = (".glb", ".gltf", ".obj")
 HELD_OUT_SHARE = 0.05  # of assets that come without a split
-DETAILS = re.compile(r"\b(?:with|of|in|that|which|made|for|holding|wearing|carrying)\b|[,.;:]")
-PLACES = re.compile(r"\b(?:and|on|at|under|over|beside|behind|from|like|against|around|near|between)\b")
+DETAILS = re.compile(r"(?<!-)\b(?:with|of|in|that|which|made|for|holding|wearing|carrying)\b|[,.;:]")
+PLACES = re.compile(r"(?<!-)\b(?:and|on|at|under|over|beside|behind|from|like|against|around|near|between)\b")
+AMOUNTS = {"cluster", "full", "group", "loaf", "pair", "piece", "pile", "row", "set", "slice", "stack", "stacks"}
+SIDES = {"left": "right", "right": "left", "clockwise": "counterclockwise", "counterclockwise": "clockwise"}
+SIDE = re.compile(r"\b(left|right|clockwise|counterclockwise)\b(?![- ]?(?:angle|over))", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,9 @@ def list_assets(folder: str | Path, split: str | None = None, min_quality: int =
     """The assets below `folder`, in a fixed order.
 
     split: keep this split only. min_quality: leave out assets judged below it. min_object_count: keep only assets whose
-    object's last word ("oak tree" -> "tree") is shared by at least this many of the rest. words: keep only
-    assets whose object's last word is one of these. limit: the first so many of a
-    fixed shuffle, so that a smaller subset is part of every larger one. Raises ValueError when nothing is left.
+    object's last word ("oak tree" -> "tree"), or the last before a preposition, is shared by at least this many of the
+    rest. words: keep only assets whose object's last word is one of these. limit: the first so many of a fixed shuffle,
+    so that a smaller subset is part of every larger one. Raises ValueError when nothing is left.
     """
     folder = Path(folder)
     index = folder / "index.jsonl"
@@ -69,8 +72,9 @@ def list_assets(folder: str | Path, split: str | None = None, min_quality: int =
                 found.setdefault(asset.id, asset)
         assets = [found[key] for key in sorted(found)]
     assets = [a for a in assets if (split is None or a.split == split) and a.quality >= min_quality]
-    counts = Counter(last_word(a) for a in assets)
-    assets = [a for a in assets if counts[last_word(a)] >= min_object_count
+    of_kind, about = Counter(map(last_word, assets)), Counter(map(head_word, assets))
+    del about[""]
+    assets = [a for a in assets if max(of_kind[last_word(a)], about[head_word(a)]) >= min_object_count
               and (words is None or last_word(a) in words)]
     if limit is not None:
         order = np.random.default_rng(0).permutation(len(assets))
@@ -89,8 +93,19 @@ def last_word(asset: Any) -> str:
 
 def head_word(asset: Any) -> str:
     """The noun that an `object` is about, before any preposition: "table with two plates" -> "table", of which
-    `last_word` makes plates. "" where nothing stands before it."""
-    return (PLACES.split(before_details(asset.object.lower()), 1)[0].split() or [""])[-1]
+    `last_word` makes plates. "" where nothing stands before it or but an amount ("pile of coins")."""
+    head = (PLACES.split(before_details(asset.object.lower()), 1)[0].split() or [""])[-1]
+    return "" if head in AMOUNTS and head != last_word(asset) else head
+
+
+def other_sides(words: str) -> str:
+    """What is said of an object => of its mirror image: "his left arm" => "his right arm"."""
+    return SIDE.sub(_other_side, words)
+
+
+def _other_side(found: re.Match) -> str:
+    word = SIDES[found[0].lower()]
+    return word.capitalize() if found[0][0].isupper() else word
 
 
 def with_article(words: str) -> str:

@@ -7,7 +7,6 @@ draws from the rings that were there when it was made, and no two runs see them 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from coser.cameras import Cameras
-from coser.data.assets import head_word, in_color, last_word
+from coser.data.assets import head_word, in_color, last_word, other_sides
 from coser.data.index import INDEX, is_stretched, original_id, read_index
 from coser.data.render import load_ring, ring_to_views
 from coser.data.stretch import WORDS, with_size
@@ -33,10 +32,6 @@ CHANNEL_ORDERS = torch.tensor([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The random numbers of one training step, whatever happened before it."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
-
-
-SIDES = {"left": "right", "right": "left", "clockwise": "counterclockwise", "counterclockwise": "clockwise"}
-SIDE = re.compile(r"\b(left|right|clockwise|counterclockwise)\b(?![- ]?(?:angle|over))", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -62,22 +57,22 @@ class Ring:
 
     def mirror(self) -> "Ring":
         """The mirror image, in whose captions left is right."""
-        captions = tuple(SIDE.sub(_other_side, caption) for caption in self.captions)
-        name = SIDE.sub(_other_side, self.object)
-        return replace(self, object=name, captions=captions, mirrored=not self.mirrored)
+        return replace(self, object=other_sides(self.object), captions=tuple(map(other_sides, self.captions)),
+                       mirrored=not self.mirrored)
 
     @property
     def short_captions(self) -> tuple[str, ...]:
         """What people type: the first caption, and "a <colour> <object>" and "a <colour> <kind>" where both are known.
 
-        A kind that the object is not about is no name for it: of a robot with a gun none says "a yellow gun". Those of
-        a stretched copy say how it is stretched, where that shows: what is called by its kind looks as usual.
+        A kind that the object is not about is no name for it: of a robot with a gun none says "a yellow gun", but "a
+        yellow robot". Those of a stretched copy say how it is stretched, where that shows: what is called by its kind
+        looks as usual.
         """
         if not self.colors or not self.object:
             return self.captions[:1]
         how = self.stretch
-        names = (self.object.removeprefix(how).strip(), *[self.kind] * (head_word(self) == self.kind))
-        named = (with_size(in_color(self.colors[0], name), how) for name in names)
+        names = (self.object.removeprefix(how).strip(), head_word(self))
+        named = (with_size(in_color(self.colors[0], name), how) for name in names if name)
         return tuple(dict.fromkeys((self.captions[0], *filter(None, named))))
 
     @property
@@ -91,10 +86,10 @@ class Ring:
         """The last word of the object: "oak tree" -> "tree"."""
         return last_word(self)
 
-
-def _other_side(found: re.Match) -> str:
-    word = SIDES[found[0].lower()]
-    return word.capitalize() if found[0][0].isupper() else word
+    @property
+    def subject(self) -> str:
+        """What the object is about: its kind, but of a "table with two plates" the table."""
+        return head_word(self) or self.kind
 
 
 def mirror_views(views: ViewSet) -> ViewSet:
@@ -112,11 +107,13 @@ def first_rings(rings: list[Ring]) -> list[Ring]:
     return [r for r in rings if not is_copy(r) and r.path.stem.endswith("-0")]
 
 
-def list_rings(renders: str | Path, limit: int | None = None, min_kind_count: int = 1) -> list[Ring]:
+def list_rings(renders: str | Path, limit: int | None = None, min_kind_count: int = 1,
+               subjects: bool = False) -> list[Ring]:
     """The ring files of a folder written by coser.data.render, sorted by name.
 
     limit: the first so many. min_kind_count: only those whose kind has at least so many assets; copies do not
-    count, and scenes of several assets neither count nor are left out. Raises ValueError when there are none.
+    count, and scenes of several assets neither count nor are left out. subjects: those, too, whose subject has so many.
+    Raises ValueError when there are none.
     """
     renders = Path(renders)
     if not (renders / INDEX).is_file():
@@ -128,8 +125,11 @@ def list_rings(renders: str | Path, limit: int | None = None, min_kind_count: in
         row = known[asset_id]
         rings.append(Ring(path, asset_id, row["object"], tuple(row["captions"]), tuple(row["colors"]),
                           kinds=tuple(row.get("kinds", ()))))
-    assets = Counter(kind for kind, _ in {(r.kind, original_id(r.asset_id)) for r in rings if not r.kinds})
-    rings = [r for r in rings if r.kinds or assets[r.kind] >= min_kind_count]
+    single = [r for r in rings if not r.kinds]
+    of_kind = Counter(kind for kind, _ in {(r.kind, original_id(r.asset_id)) for r in single})
+    about = Counter(subject for subject, _ in {(r.subject, original_id(r.asset_id)) for r in single})
+    rings = [r for r in rings if r.kinds or of_kind[r.kind] >= min_kind_count
+             or subjects and about[r.subject] >= min_kind_count]
     if not rings:
         raise ValueError(f"{renders} holds no rendered rings of kinds with at least {min_kind_count} assets yet")
     return rings[:limit]
@@ -229,7 +229,8 @@ class LatentRings:
     `drop_text` of them. latents: per ring [V,C,h,w]; rings of a batch come from one elevation. One tensor [R,V,C,h,w]
     in place of the list, such as one on a GPU, gives the same batches by one indexing each. depths: per ring [V,s,s],
     to go with the latents. multiple: what the number of samples is a multiple of, so that processes can share them.
-    balance: 0 draws every ring as often as another, 1 every kind; between, kinds by their rings to the power 1 - balance.
+    balance: 0 draws every ring as often as another, 1 every subject; between, subjects by their rings to the power
+    1 - balance.
     """
 
     def __init__(self, rings: list[Ring], latents: list[Tensor] | Tensor, elevations: list[float], seed: int = 0,
@@ -240,7 +241,7 @@ class LatentRings:
             self.groups.setdefault(round(elevation, 3), []).append(i)
         self.rings, self.latents, self.depths, self.seed, self.multiple = rings, latents, depths, seed, multiple
         # a hundred trees must not hide five hearts, nor scenes with barrels the barrels
-        kinds = [(r.kind, bool(r.kinds)) for r in rings]
+        kinds = [(r.kind if r.kinds else r.subject, bool(r.kinds)) for r in rings]
         counts = Counter(kinds)
         self.weights = torch.tensor([counts[kind] ** -balance for kind in kinds], dtype=torch.float32)
         self.view_counts, self.views_per_batch, self.drop_text = view_counts, views_per_batch, drop_text

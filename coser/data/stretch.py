@@ -1,9 +1,9 @@
 """Stretched copies of assets, rendered, so that a kind has more shapes: `python -m coser.data.stretch ASSETS RENDERS`.
 
 A copy is taller or lower, wider or narrower than its asset and widens or narrows upwards; where that shows, its
-captions say so ("a tall red barrel"). Written beside the assets' own rings as
-`<asset id>~stretched<copy>-0.safetensors`, each a row of its own in `index.jsonl`, seen from the default elevation.
-Files that exist are kept.
+captions say so ("a tall red barrel"). Every other copy is a mirror image besides, lit like all else. Written beside the
+assets' own rings as `<asset id>~stretched<copy>-0.safetensors`, each a row of its own in `index.jsonl`, seen from the
+default elevation. Files that exist are kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from coser.cameras import ELEVATION, Cameras
-from coser.data.assets import Asset, in_unit_sphere, list_assets, load_mesh, with_article
+from coser.data.assets import Asset, in_unit_sphere, list_assets, load_mesh, other_sides, with_article
 from coser.data.index import stretched_id
 from coser.data.render import add_to_index, run_jobs, save_ring
 from coser.rasterizer import render
@@ -42,12 +42,14 @@ ARTICLE = re.compile(r"(an?|the|one)\s+", re.I)
 class Stretch:
     """How a copy differs: height against the floor plan, width (x) against depth (z), both ratios; taper, -1..1.
 
-    With a taper t, the floor plan is 1 + t times its size at the top of the asset and 1 - t at the bottom.
+    With a taper t, the floor plan is 1 + t times its size at the top of the asset and 1 - t at the bottom. mirrored:
+    left and right (x) change places.
     """
 
     height: float
     width: float
     taper: float
+    mirrored: bool = False
 
     @property
     def word(self) -> str:
@@ -61,10 +63,13 @@ class Stretch:
 
 
 def draw_stretch(asset_id: str, copy: int, seed: int = 0) -> Stretch:
-    """The stretch of an asset's copy, always the same one: logarithms and taper evenly up to their largest."""
+    """The stretch of an asset's copy, always the same one: logarithms and taper evenly up to their largest.
+
+    Copies of odd numbers are mirror images.
+    """
     draw = np.random.default_rng([seed, copy, zlib.crc32(asset_id.encode())])
     return Stretch(math.exp(draw.uniform(-HEIGHT, HEIGHT)), math.exp(draw.uniform(-WIDTH, WIDTH)),
-                   draw.uniform(-TAPER, TAPER))
+                   draw.uniform(-TAPER, TAPER), mirrored=copy % 2 == 1)
 
 
 def stretched(vertices: Tensor, stretch: Stretch) -> Tensor:
@@ -72,6 +77,7 @@ def stretched(vertices: Tensor, stretch: Stretch) -> Tensor:
     x, y, z = vertices.double().unbind(-1)
     plan = 1 + stretch.taper * y / y.abs().max().clamp_min(1e-6)
     aside = math.sqrt(stretch.width)
+    x = -x if stretch.mirrored else x
     moved = torch.stack([x * plan * aside, y * stretch.height, z * plan / aside], -1)
     return torch.from_numpy(in_unit_sphere(moved.numpy())).float()
 
@@ -91,17 +97,24 @@ def with_size(caption: str, word: str) -> str | None:
 
 def stretched_asset(asset: Asset, copy: int, seed: int = 0) -> Asset:
     """What is known of an asset's copy. Its mesh is the asset's, stretched."""
-    word = draw_stretch(asset.id, copy, seed).word
-    captions = tuple(c for c in (with_size(c, word) for c in asset.captions) if c)
-    named = (word, *asset.colors[:1], asset.object)
-    return replace(asset, id=stretched_id(asset.id, copy), object=f"{word} {asset.object}".strip(),
+    stretch = draw_stretch(asset.id, copy, seed)
+    word, sides = stretch.word, other_sides if stretch.mirrored else str
+    captions = tuple(c for c in (with_size(sides(c), word) for c in asset.captions) if c)
+    name = sides(asset.object)
+    if word:  # "a tall bone" that became low is a low bone
+        name = " ".join(SAYS_SIZE.sub("", name).split()) or name
+    named = (word, *asset.colors[:1], name)
+    return replace(asset, id=stretched_id(asset.id, copy), object=f"{word} {name}".strip(),
                    captions=captions or (with_article(" ".join(filter(None, named))),))
 
 
 def _render_one(job: tuple[Asset, int, Path, int, int, int, str]) -> None:
     asset, copy, path, seed, num_views, size, device = job
     vertices, faces, colors = load_mesh(asset)
-    vertices = stretched(vertices, draw_stretch(asset.id, copy, seed))
+    stretch = draw_stretch(asset.id, copy, seed)
+    vertices = stretched(vertices, stretch)
+    if stretch.mirrored:  # or the faces would look inwards
+        faces, colors = faces.flip(1), colors.flip(1)
     cameras = Cameras.orbit(num_views, ELEVATION)
     save_ring(path, render(vertices.to(device), faces.to(device), colors.to(device), cameras, size), cameras)
 
