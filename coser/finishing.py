@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from coser.reconstruction import Mesh, Surface, finish
 from coser.reconstruction.placement import place
 from coser.request import AssetOptions
 from coser.views import ViewSet
+from coser.whole_files import whole_file
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,8 @@ def save_finished(asset: FinishedAsset, path: Path) -> Path:
                "camera_to_world": surface.cameras.camera_to_world.cpu().numpy(),
                "numbers": np.array([surface.voxel, surface.cameras.fov, asset.scale, *asset.offset]),
                "options": np.array(json.dumps(asdict(asset.options)))}
-    unfinished = path.with_suffix(".part.npz")
-    np.savez(unfinished, **arrays)
-    os.replace(unfinished, path)  # a reader meets the old file or the new one, never half of one
+    with whole_file(path) as writing, writing.open("wb") as file:
+        np.savez(file, **arrays)
     return path
 
 

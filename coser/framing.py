@@ -59,12 +59,22 @@ def agreement(masks: Tensor, cameras: Cameras) -> Tensor:
 
     Near 1 where cameras belong to the pictures, all 0 where no hull is left.
     """
-    masks = F.interpolate(masks, (CHECKED_SIZE, CHECKED_SIZE), mode="area")
+    masks = _shrunk(masks)
     try:
         vertices, faces, _ = visual_hull(masks, cameras, CHECKED_CELLS, floor=False)
     except ValueError:
         return torch.zeros(len(masks))
     return silhouette_likeness(vertices, faces, masks, cameras)
+
+
+def _shrunk(masks: Tensor) -> Tensor:
+    """Silhouettes [N,1,S,S] => [N,1,CHECKED_SIZE,CHECKED_SIZE]; what is thinner than a pixel there, an edge-on blade,
+    is a pixel thick."""
+    size = (CHECKED_SIZE, CHECKED_SIZE)
+    area = F.interpolate(masks, size, mode="area")
+    thin = F.adaptive_max_pool2d(masks, size) >= 0.5
+    thin = thin & (F.max_pool2d((area >= 0.5).float(), 3, 1, 1) == 0)
+    return torch.where(thin, 1.0, area)
 
 
 def turns(photographs: list[Photograph], middle: np.ndarray) -> tuple[np.ndarray, float]:

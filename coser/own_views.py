@@ -27,6 +27,7 @@ RADIUS = 0.95  # of the object, after its world was scaled
 # Agreement of silhouettes. On 12 assets true cameras gave 0.80 to 0.99 in the mean over 12 views, shuffled ones 0.24 to
 # 0.95, and the wrong way round 0.01 less than the right one where objects are as good as round, usually 0.1 to 0.4.
 WRONG, DOUBTFUL, ODD = 0.5, 0.75, 0.6  # in the mean refused, in the mean told, a view named
+ENOUGH_WHOLE = 4  # pictures, and half of all, that must be whole where those that are cut off are left out
 CLEARLY = 0.03  # that a ring must gain from being taken at another elevation or the other way round
 TRIED = (0.0, 10.0, ELEVATION, 30.0, 45.0)  # elevations, degrees
 FILLED = (0.5, 1.1)  # radii that a ring's object may have before the ring is scaled
@@ -245,10 +246,10 @@ def _whole(photographs: list[Photograph], notes: list[str]) -> list[Photograph]:
     if not cut:
         return photographs
     names = ", ".join(cut[:5]) + (f" and {len(cut) - 5} more" if len(cut) > 5 else "")
-    if len(whole) >= max(6, len(photographs) / 2):
+    if len(whole) >= max(ENOUGH_WHOLE, len(photographs) / 2):
         notes.append(f"The object is cut off by the picture's edge in {names}: left out.")
         return whole
-    notes.append(f"The object is cut off by the picture's edge in {names}: what lies beyond is unknown.")
+    notes.append(f"The object is cut off by the picture's edge in {names}: it may be cut off there, too.")
     return photographs
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import Tensor
 
 from coser.picture_files import PictureFiles, decode_depth, decode_picture
@@ -18,6 +18,7 @@ from coser.transforms import Frame
 SOLID = 128  # of 255; where a mask is at least that, the object is
 KEYED = 512  # pixels a side; backgrounds are keyed out at this size
 ENOUGH = 1.5  # an object's pixels a side, of a view's
+SAME_MASK = 0.9  # intersection over union of two keyings of one picture that found the same object
 AIR = 0.15  # of the object's size: background left around it to be keyed
 
 
@@ -111,7 +112,9 @@ def read_photograph(files: PictureFiles, name: str, frame: Frame | np.ndarray, s
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if mask is not None:
-        covered = decode_picture(mask, files.read(mask)).convert("L").resize(image.size, Image.Resampling.BOX)
+        covered = decode_picture(mask, files.read(mask))
+        covered = ImageChops.multiply(covered.convert("L"), covered.getchannel("A"))
+        covered = covered.resize(image.size, Image.Resampling.BOX)
         image.putalpha(Image.fromarray(np.minimum(image.getchannel("A"), covered)))
     opaque = image.getchannel("A").getextrema()[0] >= SOLID
     small = _keyed(name, _reduced(image, KEYED)) if opaque else image
@@ -125,7 +128,11 @@ def read_photograph(files: PictureFiles, name: str, frame: Frame | np.ndarray, s
     crop = (small if small.size == image.size else image).crop(box)
     crop = _reduced(crop, max(KEYED, math.ceil(ENOUGH * size)))
     if opaque and small.size != image.size:
-        crop = _keyed(name, crop)
+        corners = [corner / side * reduced for corner, side, reduced in zip(box, image.size * 2, small.size * 2)]
+        crop = _keyed(name, crop, small.getchannel("A").resize(crop.size, Image.Resampling.BILINEAR, corners))
+    if crop.getchannel("A").getextrema()[1] < SOLID:
+        raise ValueError(f"{name} must show something that is wider than a pixel where the picture is "
+                         f"{max(crop.size)} pixels long, got thinner lines alone")
     ratio = crop.width / (box[2] - box[0]), crop.height / (box[3] - box[1])
 
     def scaled(numbers: tuple) -> tuple:
@@ -160,8 +167,12 @@ def _box(wanted: np.ndarray, scale: list[float], air: float) -> tuple[int, int, 
     return round(left * scale[0]), round(top * scale[1]), round(right * scale[0]), round(bottom * scale[1])
 
 
-def _keyed(name: str, image: Image.Image) -> Image.Image:
-    """The picture with its background keyed out of a version of at most KEYED pixels a side."""
+def _keyed(name: str, image: Image.Image, before: Image.Image | None = None) -> Image.Image:
+    """The picture with its background keyed out of a version of at most KEYED pixels a side.
+
+    before: the mask [0..255] that a coarser keying found. It stays where a finer one finds another: noise that was
+    averaged there hides a faint object here.
+    """
     def tensor(picture: Image.Image) -> Tensor:
         return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
 
@@ -170,6 +181,12 @@ def _keyed(name: str, image: Image.Image) -> Image.Image:
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     masks = F.interpolate(masks, image.size[::-1], mode="bilinear").clamp(0, 1)
+    if before is not None:
+        coarse = torch.from_numpy(np.array(before))[None, None].float() / 255
+        both, either = (torch.logical_and, torch.logical_or)
+        inside = masks >= 0.5, coarse >= 0.5
+        if both(*inside).sum() < SAME_MASK * either(*inside).sum():
+            masks = coarse
     view = views_from_pictures(tensor(image), masks)
     colors = (view.views / view.masks.clamp_min(1e-3)).clamp(0, 1)
     return Image.fromarray((torch.cat([colors, masks], 1)[0] * 255).round().byte().permute(1, 2, 0).numpy())

@@ -39,7 +39,8 @@ def rasterize(vertices: Tensor, faces: Tensor, cameras: Cameras, size: int) -> F
     # 1/depth is linear in the picture under perspective, depth itself under an orthographic camera
     linear = depth[:, faces].double() if cameras.orthographic else 1 / depth[:, faces].double().clamp_min(NEAR_PLANE)
     visible = (depth[:, faces] > NEAR_PLANE).all(-1)
-    area = torch.sum(torch.abs(corners.amax(2) - corners.amin(2)).prod(-1)) / 2
+    shown = corners.clamp(0, size)
+    area = torch.sum((shown.amax(2) - shown.amin(2)).prod(-1)[visible]) / 2
     # views a chunk: on a CPU one view at a time stays in cache; on a GPU as many as ~64 M fragments allow
     per_view = max(float(area) / max(len(cameras), 1), 1.0)
     chunk = 1 if vertices.device.type == "cpu" else max(1, int(64e6 / per_view))

@@ -226,8 +226,9 @@ class Studio:
         record |= {"seconds": {"steps": [round(s, 3) for s in run.step_seconds],
                                "reconstruct": round(time.perf_counter() - began, 3)}}
         glb.parent.mkdir(parents=True, exist_ok=True)
-        run.picture.save(glb.with_suffix(".png"))
-        yield self._done(run, asset, record, glb)
+        done = self._done(run, asset, record, glb)
+        run.picture.save(glb.with_suffix(".png"))  # not before there is a model that it belongs to
+        yield done
         self._finish_seconds = time.perf_counter() - began
 
     def _refine(self, run: "_Run", asset: FinishedAsset, run_file: Path, glb: Path,

@@ -47,6 +47,14 @@ def test_views_that_agree_give_their_object(solid, local):
     assert own_iou(Mesh(vertices, faces, np.ones_like(vertices)), views) > 0.9
 
 
+def test_holes_in_depth_maps_are_no_air():
+    views = render(*sphere(0.6, 24), RING, SIZE)
+    torn = replace(views, depths=views.depths.clone())
+    torn.depths[:, :, 24:40] = 0
+    volumes = [Mesh(*fuse_consensus(v, RING, 40)[:2]).volume for v in (views, torn)]
+    assert volumes[1] == pytest.approx(volumes[0], rel=0.05)
+
+
 def test_contradicting_views_lose_less_than_by_carving(monkeypatch):
     views = contradicting()
     agreed = reconstruct(views, RING, resolution=64)

@@ -140,7 +140,7 @@ def test_short_captions_name_colour_and_object_and_kind():
     ring = Ring(None, "a", "red wooden box", ("a box",), ("red",))
     assert ring.short_captions == ("a box", "a red wooden box", "a red box"), "the colour is said once"
     ring = Ring(None, "a", "robot drone with a gun", ("a robot",), ("yellow",))
-    assert ring.short_captions == ("a robot", "a yellow robot drone with a gun", "a yellow drone"), "it is no yellow gun"
+    assert ring.short_captions == ("a robot", "a yellow robot drone with a gun", "a yellow drone"), "no yellow gun"
     ring = Ring(None, "a", "pile of gold coins", ("coins",), ("gold",))
     assert ring.short_captions == ("coins", "a pile of gold coins"), "a pile is an amount, of many things"
 
@@ -165,7 +165,8 @@ def test_rings_are_kept_and_drawn_by_what_they_are_about(tmp_path):
     assert known() == known(subjects=True) == "abcde" and known(min_kind_count=2) == "acd"
     assert known(min_kind_count=2, subjects=True) == "abcd"
     assert known(min_kind_count=3) == "acd", "by its last word a table with plates is plates"
-    batches = LatentRings(list_rings(tmp_path), [torch.zeros(4, 1, 1, 1)] * 5, [20.0] * 5, view_counts=(4,), balance=1.0)
+    latents = [torch.zeros(4, 1, 1, 1)] * 5
+    batches = LatentRings(list_rings(tmp_path), latents, [20.0] * 5, view_counts=(4,), balance=1.0)
     assert batches.weights.tolist() == [0.5] * 4 + [1.0]
 
 

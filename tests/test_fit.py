@@ -90,6 +90,34 @@ def test_stream_surface_fits_views_without_depth_and_gives_them_depths():
     assert psnr(render_mesh(mesh, between, SIZE).on_background(), truth.on_background()).min() > 20
 
 
+def test_what_covers_no_pixel_of_the_small_pictures_is_fitted_in_the_large_ones():
+    cameras = Cameras.orbit(6)
+    views = seen(box((-.014, -.9, -.014), (.014, .9, .014), (.9, .6, .3)), cameras, 128)
+    assert not (torch.nn.functional.avg_pool2d(views.masks, 4) > 0.9).any()
+    steps = list(stream_fit(views, cameras, RESOLUTION, steps=FEW))
+    assert steps[-1].index == steps[-1].total == sum(FEW)
+    assert Mesh(*steps[-1].grid.surface()[:2]).is_watertight
+    surface = list(stream_surface(views, cameras, RESOLUTION))[-1].surface
+    assert finish(surface, max_faces=500, texture_size=None).is_watertight
+
+
+def test_a_bright_object_is_not_carved_at_its_rims():
+    vertices, faces, colors = sphere(0.2, 24)
+    views = render(vertices, faces, torch.ones_like(colors), RING, SIZE, shade=False)
+    views = replace(views, depths=torch.zeros_like(views.depths))
+    hull = Mesh(*agreed_hull(views.masks, RING, RESOLUTION).surface()[:2])
+    fitted = Mesh(*fit(views, RING, RESOLUTION, steps=(30, 40, 20))[:2])
+    assert 0.95 * hull.volume < fitted.volume <= 1.001 * hull.volume
+
+
+def test_fitting_does_not_mind_who_wants_no_gradients():
+    views = seen(cube(0.5))
+    with torch.no_grad():
+        vertices, _, voxel = fit(views, RING, RESOLUTION, steps=FEW)
+    *_, last = stream_fit(views, RING, RESOLUTION, steps=FEW)
+    assert last.grid.at(torch.from_numpy(vertices)).abs().max() < 0.02 * voxel
+
+
 def test_views_that_contradict_each_other_keep_the_object():
     views = seen(cube(0.5))
     shifts = [(0, 0), (3, 2), (-3, 0), (0, -3), (2, 2), (0, 3), (-2, -2), (3, 0), (0, 0), (-3, 3)]

@@ -146,6 +146,25 @@ def test_views_that_disagree_a_little_still_make_the_object():
     assert mesh.volume == pytest.approx(1.0, rel=0.1)  # the hole of one view does not go through
 
 
+def with_holes(views: ViewSet) -> ViewSet:
+    """Without depth in a band of every picture, as a scanner has it of what is dark or shines."""
+    depths = views.depths.clone()
+    depths[:, :, SIZE * 3 // 8:SIZE * 9 // 16] = 0
+    return replace(views, depths=depths)
+
+
+def test_holes_in_depth_maps_carve_nothing_away():
+    whole = render(*sphere(0.7, 32), RING, SIZE)
+    torn = with_holes(whole)
+    assert float((torn.depths > 0).sum() / (whole.depths > 0).sum()) < 0.8
+    meshes = [reconstruct(views, RING, resolution=64, max_faces=6000, texture_size=256) for views in (whole, torn)]
+    assert all(mesh.is_watertight for mesh in meshes)
+    assert meshes[1].volume == pytest.approx(meshes[0].volume, rel=0.05)
+    shown = [render_mesh(mesh, BETWEEN, SIZE) for mesh in meshes]
+    assert silhouette_iou(shown[1].masks, shown[0].masks).min() > 0.97
+    assert psnr(shown[1].on_background(), shown[0].on_background()).min() > 28, "colours there are those of the views"
+
+
 def test_what_a_model_drew_becomes_less_rough():
     views = disagreeing(render(*sphere(0.7, 48), RING, SIZE))
     noise = 0.01 * torch.randn(views.depths.shape, generator=torch.Generator().manual_seed(1))

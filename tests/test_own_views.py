@@ -10,6 +10,7 @@ import torch
 from captures import (FILE_AXES, SIZE, SOLID, STEP, around, capture, encoded, in_folder, placed, six_views, straight,
                       truth, zipped)
 from PIL import Image
+from solids import cube
 
 from coser.cameras import Cameras
 from coser.metrics import psnr, render_mesh, silhouette_iou
@@ -273,6 +274,65 @@ def test_objects_cut_off_are_told_or_left_out(ring, tmp_path):
     assert len(own.views) == 11 and "views/003.png: left out" in own.notes[0]
     own = load_views(zipped(files, tmp_path / "cut.zip"), size=SIZE)
     assert len(own.views) == 11 and torch.allclose(own.cameras.azimuths[3], torch.tensor(120.0), atol=1e-3)
+
+
+@pytest.mark.parametrize("count, left", [(6, 4), (4, 4)])
+def test_few_pictures_are_used_though_some_are_cut_off(count, left, tmp_path):
+    cameras = Cameras.orbit(count, elevation=20)
+    transforms = cameras_to_transforms(cameras, SIZE, unit_sphere=False)
+    pictures = straight(render(*SOLID, cameras, SIZE))
+    pictures[1:4:2, 28:36, :32] = 255  # a bar from the object to the left edge
+    files = {f"views/{i:03d}.png": encoded(p) for i, p in enumerate(pictures)}
+    own = load_views(in_folder({**files, "transforms.json": json.dumps(transforms).encode()}, tmp_path), size=SIZE)
+    assert len(own.views) == left and ("left out" in own.notes[0]) == (left < count)
+    assert "views/001.png" in own.notes[0] and "views/003.png" in own.notes[0]
+
+
+@pytest.mark.parametrize("thickness", [0.05, 0.0125])
+def test_blades_that_views_see_from_their_edge_are_taken(thickness, tmp_path):
+    vertices, faces, colors = cube(1.0)
+    blade = vertices * torch.tensor([0.6, 0.7, thickness / 2]), faces, colors
+    cameras = Cameras.orbit(12, elevation=0, start=0)
+    views = render(*blade, cameras, 256)
+    own = load_views(save_views(views, cameras, tmp_path / "blade.zip"), size=256)
+    assert len(own.views) == 12 and not any("hardly agree" in note for note in own.notes)
+
+
+def test_a_faint_object_in_noise_is_found_as_a_whole(tmp_path):
+    rng, pictures = np.random.default_rng(0), []
+    for _ in range(4):
+        picture = np.full((1600, 1600), 200.0)
+        picture[650:950, 650:950] = 180
+        picture += rng.normal(0, 8, picture.shape)
+        pictures.append(np.repeat(picture.clip(0, 255).round().astype(np.uint8)[..., None], 3, 2))
+    files = {f"{i}.png": encoded(picture) for i, picture in enumerate(pictures)}
+    own = load_views(in_folder(files, tmp_path), size=SIZE)
+    solid = own.views.masks >= 0.5
+    rows, columns = solid[0, 0].any(1).sum(), solid[0, 0].any(0).sum()
+    assert float(solid[0].sum() / (rows * columns)) > 0.97
+
+
+def test_a_mask_may_keep_its_shape_in_its_alpha(ring, tmp_path):
+    views, cameras = ring
+    transforms = cameras_to_transforms(cameras, SIZE)
+    files = {}
+    for i, (frame, picture) in enumerate(zip(transforms["frames"], straight(views))):
+        white = np.full_like(picture, 255)
+        white[..., 3] = picture[..., 3]
+        frame["mask_path"] = f"masks/{i}.png"
+        files[frame["file_path"]] = encoded(np.ascontiguousarray(picture[..., :3]))
+        files[frame["mask_path"]] = encoded(white)
+    files["transforms.json"] = json.dumps(transforms).encode()
+    own = load_views(in_folder(files, tmp_path), size=SIZE)
+    assert silhouette_iou(own.views.masks, views.masks).min() > 0.99
+
+
+def test_lines_thinner_than_a_pixel_are_refused_by_name(tmp_path):
+    picture = np.zeros((2400, 2400, 4), np.uint8)
+    picture[np.arange(300, 2100), np.arange(300, 2100)] = 255
+    files = {f"{i}.png": encoded(picture) for i in range(4)}
+    with pytest.raises(ValueError, match="0.png must show something that is wider than a pixel"):
+        load_views(in_folder(files, tmp_path), size=SIZE)
 
 
 def test_depths_that_contradict_the_silhouettes_or_lack_are_left_out(ring, tmp_path):

@@ -70,6 +70,13 @@ def test_a_ball_lies_on_the_rim_of_a_narrow_pit_and_on_the_floor_of_a_wide_one(h
     assert rise == pytest.approx(expected, abs=0.006)
 
 
+def test_something_wide_with_a_narrow_foot_rests_on_something_narrow():
+    tree = together(box((-.04, 0, -.04), (.04, .4, .04)), box((-.5, .4, -.5), (.5, .8, .5)))
+    moves = list(resting_places(box((-.1, 0, -.1), (.1, .3, .1)), tree, np.random.default_rng(0)))
+    assert moves and all(float(m[1]) == pytest.approx(0.3, abs=1e-6) for m in moves)
+    assert all(m[[0, 2]].abs().max() <= 0.1 for m in moves)
+
+
 def test_nothing_rests_on_what_lies_elsewhere():
     assert drop(box((5, 0, 5), (6, 1, 6)), box((-1, 0, -1), (1, 1, 1))) == (-torch.inf, 0.0)
 

@@ -106,14 +106,16 @@ def resting_places(lower: tuple[Tensor, Tensor], upper: tuple[Tensor, Tensor],
     _, top = height_fields(*lower, (float(under_low[0]), float(under_low[2])), cell, COARSE)
     top = F.pad(top, (count // 2,) * 4, value=-torch.inf)
     side = top.shape[0] - count + 1
-    windows = F.unfold(top[None, None], count)[0].T.reshape(-1, count, count)  # [side * side, count, count]
-    rise = (windows - bottom).amax((1, 2))
-    gap = rise[:, None, None] + bottom - windows
     base = _base(bottom, low, high)
-    borne = _borne(gap, base, low, high)
     rows, columns = base.nonzero(as_tuple=True)
     middle = rows.double().mean().round().long(), columns.double().mean().round().long()
-    under = windows[:, middle[0], middle[1]] >= rise - BASE * (high - low).max() - cell
+    parts = []
+    for windows in top.unfold(0, count, 1).unfold(1, count, 1):  # [side,count,count]; all at once are gigabytes
+        rise = (windows - bottom).amax((1, 2))
+        borne = _borne(rise[:, None, None] + bottom - windows, base, low, high)
+        parts.append((rise, borne, windows[:, middle[0], middle[1]]))
+    rise, borne, beneath = map(torch.cat, zip(*parts))
+    under = beneath >= rise - BASE * (high - low).max() - cell
     fits = (borne >= BORNE) & under & (rise >= LOWEST * under_high[1])
     places = fits.nonzero()[:, 0]
     if not len(places):

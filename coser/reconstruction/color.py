@@ -18,6 +18,7 @@ SQUARENESS = 6.0  # a view's weight is cos^6 of the angle between ray and normal
 MIN_COS = 0.1
 # where on a face its colour is looked up: weights of its corners
 SAMPLES = ((1 / 3, 1 / 3, 1 / 3), (2 / 3, 1 / 6, 1 / 6), (1 / 6, 2 / 3, 1 / 6), (1 / 6, 1 / 6, 2 / 3))
+AT_ONCE = 65536  # places that are looked up in all views at once
 STIFFNESS = 0.05  # how strongly a vertex is held to the mean of its neighbours, against one looked-up colour
 
 
@@ -36,7 +37,8 @@ def color_vertices(mesh: Mesh, views: ViewSet, cameras: Cameras, tolerance: floa
     normals = torch.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0], dim=-1)
     area = normals.norm(dim=-1) / 2
     normals = F.normalize(normals, dim=-1).repeat_interleave(len(SAMPLES), 0)
-    colors, trust = sample_colors(points, normals, views, cameras, tolerance)
+    parts = zip(points.split(AT_ONCE), normals.split(AT_ONCE))
+    colors, trust = map(torch.cat, zip(*(sample_colors(*part, views, cameras, tolerance) for part in parts)))
     trust = (trust > 0) * area.repeat_interleave(len(SAMPLES))
     return _settle(mesh, colors.cpu().numpy(), trust.cpu().numpy())
 

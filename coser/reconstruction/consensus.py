@@ -106,7 +106,8 @@ def opinions_of(views: ViewSet, cameras: Cameras, maps: ViewMaps, resolution: in
 def mean_opinion(points: Tensor, maps: ViewMaps, silhouettes: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
     """Points [P,3] => the views' mean signed distance [P] within +-TRUNCATION, and whether any can tell [P].
 
-    silhouettes [N,S,S]: signed distances in pixels. What lies deep behind a view's surface is nothing it can tell.
+    silhouettes [N,S,S]: signed distances in pixels. What lies deep behind a view's surface, or where its depth map has
+    a hole, is nothing it can tell.
     """
     n, size = maps.nearness.shape[:2]
     uv, depth = cameras.project(points)
@@ -119,7 +120,7 @@ def mean_opinion(points: Tensor, maps: ViewMaps, silhouettes: Tensor, cameras: C
     behind = (1 / nearness.clamp_min(1e-3) - depth) * cosine
     outside = beside > 0
     opinion = torch.where(outside, beside, torch.maximum(beside, behind)).clamp(-TRUNCATION, TRUNCATION)
-    weight = torch.where(outside, 1.0, cosine * (1 + behind / TRUNCATION).clamp(0, 1))
+    weight = torch.where(outside, 1.0, (nearness > 0) * cosine * (1 + behind / TRUNCATION).clamp(0, 1))
     total = weight.sum(0)
     told = total > 0.05
     mean = (weight * opinion).sum(0) / total.clamp_min(1e-6)

@@ -28,6 +28,7 @@ RAYS = (256, 4096)  # a step, at least and at most; between them a quarter of al
 SAMPLES = 12  # a ray
 WINDOW = (-2.0, 4.0)  # cells in front of and behind the surface
 SOFTNESS = 0.5  # cells; the scale of the logistic density around the surface
+CONTINUED = 4  # pixels that colours go on for beyond the edge of what is covered
 RECOLOR = 20  # steps between two colourings
 SHALLOW = 1.5  # cells; a view that lies deeper behind its surface says little about a place's colour
 STEP = 0.5  # cells; how far a step moves where the gradient is as strong as it usually is
@@ -65,17 +66,18 @@ def stream_fit(views: ViewSet, cameras: Cameras, resolution: int = 128, *, seed:
 
     views: N >= 1 square views that each show something; depths are not used. cameras: their N perspective cameras,
     anywhere, of objects of any size. resolution, errors, and what happens to views that contradict each other: as for
-    `agreed_hull`. seed: of the rays that are drawn; on a CPU the same seed makes the same surface but for rounding.
+    `agreed_hull`; at a level where no view has a pixel that is wholly covered, the surface stays as it was. seed: of
+    the rays that are drawn; on a CPU the same seed makes the same surface but for rounding.
     steps: of the three levels, whose cells are four, two and one of the finest grid's. Every step is a moment to leave.
     """
     hull = agreed_hull(views.masks, cameras, resolution)
     cameras = cameras.to(views.views.device)
     generator = torch.Generator(views.views.device).manual_seed(seed)
-    total, done, depression = sum(steps), 0, None
+    total, done, depression, difference = sum(steps), 0, None, float("nan")
     yield FitStep(0, total, float("nan"))
     for stride, count in zip(STRIDES, steps):
         level = _Level(hull, views, cameras, stride, depression)
-        for index in range(count):
+        for index in range(count if len(level.view) else 0):
             if index % RECOLOR == 0:
                 level.recolor()
             difference = level.step(generator, 1 - index / count)
@@ -103,8 +105,7 @@ class _Level:
         self.field[:, 0] = self.distances().view(-1)
         size = max(16, views.views.shape[-1] // stride)
         pictures = F.adaptive_avg_pool2d(torch.cat([views.views, views.masks], 1), size)
-        self.pictures = torch.cat([pictures[:, :3] / pictures[:, 3:].clamp_min(1e-3), pictures[:, 3:]], 1)
-        self.size = size
+        self.pictures, self.size = torch.cat([_continued(pictures), pictures[:, 3:]], 1), size
         covered = (pictures[:, 3] > 0.9).flatten(1)
         self.view, self.pixel = covered.nonzero(as_tuple=True)
         origins, directions = cameras.rays(pixel_centers(size, covered.device))
@@ -143,7 +144,7 @@ class _Level:
 
     def _at(self, points: Tensor, channels: slice = slice(0, 4)) -> Tensor:
         cells, weights = self._corners(points)
-        values = self.field[:, channels].index_select(0, cells.view(-1)).view(*cells.shape, -1)
+        values = self.field[:, channels].index_select(0, cells.view(-1)).unflatten(0, cells.shape)
         return (values * weights[..., None]).sum(1)
 
     def recolor(self) -> None:
@@ -171,6 +172,7 @@ class _Level:
             asked = (total.square() > SEVERAL * weight.square().sum(0)) & (self.field[part, 0].abs() < 1.5 * self.voxel)
             self.drift[part] = ((spread - AGREED) / AGREED).clamp(0, 1) * asked * (DRIFT * self.voxel)
 
+    @torch.enable_grad()
     def step(self, generator: torch.Generator, haste: float) -> float:
         """One step along the gradient of the rendered difference of some rays; that difference."""
         device = self.hull.device
@@ -231,6 +233,18 @@ class _Level:
         smooth = depression[self.neighbours].mean(0)
         depression[self.band] = torch.lerp(depression[self.band], smooth, SMOOTH)
         self.field[self.band, 0] = self.hull.view(-1)[self.band] + depression[self.band]
+
+
+def _continued(pictures: Tensor) -> Tensor:
+    """Premultiplied colours and coverage [N,4,S,S] => straight colours [N,3,S,S], continued outwards from the edges:
+    what lies just beside a silhouette must not pass for black."""
+    known = pictures[:, 3:] >= 0.5
+    colors = torch.where(known, pictures[:, :3] / pictures[:, 3:].clamp_min(1e-3), 0.0)
+    for _ in range(CONTINUED):
+        share = F.avg_pool2d(known.float(), 3, 1, 1)
+        colors = torch.where(known, colors, F.avg_pool2d(colors, 3, 1, 1) / share.clamp_min(1e-6))
+        known = share > 0
+    return colors
 
 
 def neus_weights(distances: Tensor, scale: float) -> Tensor:

@@ -145,9 +145,12 @@ def _classify(maps: ViewMaps, cameras: Cameras, axes: list[Tensor], voxel: float
     uv, depth = cameras.project(corners.reshape(-1, 3))
     doubt = 1.8 * voxel  # half the diagonal of a block
     reach = math.ceil(0.6 * doubt / float(pixel_size(cameras, size, depth.mean())))  # in pairs of pixels
+    # covered without a depth: what is there may lie anywhere, so nothing is free or hidden for that view
+    hole = (maps.silhouettes < 0) & (maps.nearness == 0)
+    known = torch.where(maps.cosines > 0, -maps.nearness, -torch.inf)
     closest, nowhere_closer = (  # of all that the block may cover; pairs of pixels are fine enough for that
         F.max_pool2d(F.max_pool2d(m, 2, ceil_mode=True), 2 * reach + 1, 1, reach)
-        for m in (maps.nearness, torch.where(maps.cosines > 0, -maps.nearness, -torch.inf)))
+        for m in (maps.nearness.masked_fill(hole, torch.inf), known.masked_fill(hole, 0.0)))
     furthest = -nowhere_closer
     column, row = ((uv * size).long().clamp(0, size - 1) // 2).unbind(-1)
     index = row * closest.shape[-1] + column

@@ -99,8 +99,10 @@ def view_trust(nearness: Tensor, views: ViewSet, tolerance: float) -> Tensor:
     trust = torch.where((nearness > 0) & (masks > 0.5), EDGE_TRUST + inside, 0.0)
     if (views.depths > 0).any():
         depths = F.interpolate(views.depths, (side, side), mode="nearest")
+        hole = F.interpolate(F.max_pool2d(views.depths, 3, 1, 1), (side, side), mode="nearest") == 0
         off = (depths - 1 / nearness.clamp_min(1e-6)).abs() / tolerance
-        trust = trust * torch.where((depths > 0) & (off < 6), torch.exp(-(off / 2).square()), 0.0)
+        close = torch.where((depths > 0) & (off < 6), torch.exp(-(off / 2).square()), 0.0)
+        trust = trust * torch.where(hole, 1.0, close)  # where its depth map has a hole a view contradicts nothing
     half = SOFT * reach // 2
     soft = F.avg_pool2d(trust, 2 * half + 1, 1, half)
     return torch.where(trust > 0, soft, 0.0)
