@@ -6,6 +6,7 @@ import os
 
 # The app serves a room without network: no telemetry, no look-ups. Both are read when gradio and the hub are imported.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+OFFLINE_UNASKED = "HF_HUB_OFFLINE" not in os.environ
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import spaces  # noqa: I001  (before torch: on ZeroGPU it must be the first to touch CUDA)
@@ -15,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import gradio as gr
+import huggingface_hub
 
 from coser.examples import load_examples
 from coser.own_views import MOST
@@ -26,7 +28,7 @@ from coser.request import (COLORING, CONSISTENCY, GUIDANCE_RESCALE, GUIDANCE_SCA
 from coser.scene_prompts import scene_plan
 from coser.sessions import KEPT_SECONDS
 from coser.stage import ALPHA, BETA
-from coser.studio import SMALL, Studio, log_to_terminal
+from coser.studio import SMALL, Studio, is_hub_id, log_to_terminal
 from desk import Desk, something_ready, status_line
 
 EXAMPLES = Path(__file__).parent / "examples" / "gallery"
@@ -214,12 +216,15 @@ def build_app(studio: Studio, root: Path) -> gr.Blocks:
 def main(argv: list[str] | None = None) -> None:
     """Load the checkpoint, then serve the page until interrupted."""
     parser = argparse.ArgumentParser(description="The CoSER web app.")
-    parser.add_argument("--checkpoint", default=SMALL, help="a folder in diffusers layout (default: the shipped one)")
+    parser.add_argument("--checkpoint", default=SMALL, help="a folder in diffusers layout, or the hub id of one, which "
+                        "is downloaded (default: the shipped one)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--host", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
     args = parser.parse_args(argv)
     log_to_terminal()
+    if OFFLINE_UNASKED and is_hub_id(str(args.checkpoint)):
+        huggingface_hub.constants.HF_HUB_OFFLINE = False  # whoever names one asks for the network
     try:
         studio = Studio(args.checkpoint, args.device)
     except (ValueError, OSError) as error:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from coser.own_views import PosedViews, load_views
 from coser.reconstruction.exports import FORMATS, export
 from coser.request import (COLORING, ELEVATION, MAX_FACES, MODULES, ORIGINS, SYMMETRY, TEXTURE_SIZES,
@@ -30,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"coser: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ncoser: interrupted, nothing was written", file=sys.stderr)
+        return 130
     written = []
     try:
         studio = Studio(args.checkpoint, args.device)
@@ -44,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.also:
             written.append(export(name, asset.mesh, asset.surface.views, asset.surface.cameras,
                                   output.with_name(f"{output.stem}{FORMATS[name].suffix}"), extras=record))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"\ncoser: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -18,7 +19,7 @@ from coser.cameras import ELEVATION, Cameras
 from coser.caption_states import captions_of, encode_captions
 from coser.data.assets import Asset, list_assets, load_mesh
 from coser.data.dataset import held_out_views, list_rings
-from coser.devices import add_dtype_option, dtype_asked_for
+from coser.devices import add_dtype_option, choose_device, dtype_asked_for
 from coser.held_out_loss import held_out_losses
 from coser.latents import encode_rings
 from coser.metrics import psnr, render_mesh, silhouette_iou, ssim
@@ -161,6 +162,14 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    try:
+        choose_device(getattr(options, "device", None))
+        options.run(options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"coser: {error}")
+
+
 if __name__ == "__main__":
-    options = parser().parse_args()
-    options.run(options)
+    main()

@@ -77,7 +77,7 @@ class CoSERPipeline(DiffusionPipeline):
     def encode_prompt(self, prompts: list[str]) -> PromptEmbeds:
         """B prompts ("" = no text) => token states, mask and the mean state, in the UNet's dtype."""
         tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-        tokens = tokens.to(self.text_encoder.device)
+        tokens = tokens.to(self._execution_device)  # the encoder itself may wait elsewhere (enable_model_cpu_offload)
         states = self.text_encoder(tokens.input_ids, tokens.attention_mask)
         mask = tokens.attention_mask.bool()
         pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import resource
+import sys
 import time
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,7 +29,11 @@ class Stage:
 
 def peak_memory() -> float:
     """The process' largest resident set so far, GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource  # which Windows has not
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def synchronize(device: torch.device) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import diffusers
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from PIL import Image
 
 from coser import __version__
@@ -76,12 +77,30 @@ class RunUpdate:
                 "seconds_left": left, "seed": self.seed, "message": self.message, "note": self.note}
 
 
+def is_hub_id(checkpoint: str) -> bool:
+    """Whether it names a repository of the hub: "owner/name" that is no place on this machine."""
+    here = Path(checkpoint).exists() or Path(checkpoint).parent.is_dir()
+    return bool(re.fullmatch(HUB_ID, checkpoint)) and not here
+
+
+def checkpoint_folder(checkpoint: str) -> Path:
+    """A pipeline's folder, downloaded where its hub id is given; ValueError when it is none.
+
+    Downloaded by hand, since diffusers loads no pipeline from the hub that has classes of one's own.
+    """
+    folder = Path(snapshot_download(checkpoint)) if is_hub_id(checkpoint) else Path(checkpoint)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"checkpoint must be a folder with a model_index.json or a hub id, got {checkpoint}")
+    return folder
+
+
 class Studio:
     """One loaded pipeline and the lane that serialises its runs.
 
-    checkpoint: a folder in diffusers layout (or a hub id). device: "cpu", "cuda", ...; None takes CUDA where there is
-    one. The first log line says what was decided and why. Any number of threads may start runs: they take turns in the
-    order in which they came, since they share the weights and the processor, and nothing else is shared.
+    checkpoint: a folder in diffusers layout, or the hub id of one, which is downloaded. device: "cpu", "cuda", ...;
+    None takes CUDA where there is one. The first log line says what was decided and why. Any number of threads may
+    start runs: they take turns in the order in which they came, since they share the weights and the processor, and
+    nothing else is shared.
     """
 
     def __init__(self, checkpoint: str | Path = SMALL, device: str | None = None):
@@ -89,8 +108,7 @@ class Studio:
         self.device, device_reason = choose_device(device)
         self.dtype, dtype_reason = choose_dtype(self.device)
         self.checkpoint = str(checkpoint)
-        if not (Path(checkpoint) / "model_index.json").is_file() and not re.fullmatch(HUB_ID, str(checkpoint)):
-            raise ValueError(f"checkpoint must be a folder with a model_index.json or a hub id, got {checkpoint}")
+        checkpoint = checkpoint_folder(self.checkpoint)
         self.pipeline = CoSERPipeline.from_pretrained(checkpoint).to(self.device, self.dtype)
         embed = sentence_embedder(self.pipeline)
         self.vocabulary = load_vocabulary(checkpoint, embed)  # None: it has not been told
@@ -99,12 +117,12 @@ class Studio:
         self.lane = Lane()
         # what building the mesh took last time, and fusing views in a step; the first run's estimate starts from these
         self._finish_seconds, self._fuse_seconds = 4.0, 3.0
-        source = "the shipped one" if Path(checkpoint) == SMALL else "as asked"
+        source = "the shipped one" if checkpoint == SMALL else "as asked"
         scan = scan_backend(self.device)
         scan_reason = "mamba_ssm's kernels load" if scan == "triton" else "no CUDA with triton and mamba_ssm"
         log.info("device %s (%s), dtype %s (%s), scan %s (%s), checkpoint %s (%s), loaded in %.1f s",
                  self.device, device_reason, str(self.dtype).removeprefix("torch."), dtype_reason, scan, scan_reason,
-                 checkpoint, source, time.perf_counter() - began)
+                 self.checkpoint, source, time.perf_counter() - began)
 
     def generate(self, request: GenerationRequest, glb: Path, should_stop: Callable[[], bool] = lambda: False,
                  options: AssetOptions = AssetOptions()) -> Iterator[RunUpdate]:
@@ -289,8 +307,12 @@ class Studio:
         return tuple(self.pipeline.unet.config.mixers)
 
     def mixers_for(self, request: GenerationRequest) -> tuple[str, ...]:
-        """Those of them that work where `request` is drawn."""
-        return tuple(name for name in self.mixers if request.mixers is None or name in request.mixers)
+        """Those of them that work where `request` is drawn; ValueError when it asks for others alone."""
+        working = tuple(name for name in self.mixers if request.mixers is None or name in request.mixers)
+        if request.mixers and not working:
+            raise ValueError(f"mixers must be of those that the checkpoint has, {', '.join(self.mixers)}, got "
+                             f"{', '.join(request.mixers)}")
+        return working
 
     def symmetry_for(self, request: GenerationRequest) -> tuple[str, ...]:
         """What symmetries the object of `request` is drawn with."""

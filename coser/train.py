@@ -9,18 +9,23 @@ draws its randomness from (seed, step).
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 
 from coser import train_autoencoder, train_denoiser, train_judge, train_recipe
-from coser.devices import add_dtype_option, dtype_asked_for
+from coser.devices import add_dtype_option, choose_device, dtype_asked_for
 from coser.train_loop import Budget, Options
 
 
 def main(arguments: list[str] | None = None) -> None:
     options, loop = parse(arguments)
-    options.run_verb(options, loop)
+    try:
+        choose_device(options.device)
+        options.run_verb(options, loop)
+    except (ValueError, OSError) as error:
+        sys.exit(f"coser: {error}")
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Options]:

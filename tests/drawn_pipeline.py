@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 import trimesh
 
-from coser import reconstruction
+from coser import reconstruction, studio
 from coser.cameras import Cameras
 from coser.models.unet import MIXERS
-from coser.pipeline import MultiviewStep
+from coser.pipeline import CoSERPipeline, MultiviewStep
 from coser.rasterizer import render
 from coser.views import ViewSet
 
@@ -81,6 +81,13 @@ def box_views(prompt: str, cameras: Cameras) -> ViewSet:
 def quarter_size(views: ViewSet) -> ViewSet:
     """A quarter of the side."""
     return ViewSet(*(F.avg_pool2d(t, 4) for t in (views.views, views.masks, views.depths)))
+
+
+def load_drawn_pipelines(monkeypatch) -> None:
+    """From a checkpoint called tests/drawn, which is no folder, a DrawnPipeline is loaded; others must exist."""
+    monkeypatch.setattr(studio, "checkpoint_folder",
+                        lambda name, real=studio.checkpoint_folder: Path(name) if name == "tests/drawn" else real(name))
+    monkeypatch.setattr(CoSERPipeline, "from_pretrained", lambda *args, **kwargs: DrawnPipeline())
 
 
 def fit_in_few_steps(monkeypatch) -> None:

@@ -167,6 +167,8 @@ def pretend_cuda() -> Iterator[None]:
         patch.setattr(torch, "from_numpy", from_numpy_on_the_processor)
         patch.setattr(torch, "Generator", Generator)
         patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
         patch.setattr(torch.cuda, "get_device_name", lambda device=None: "pretended")
         patch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 0)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import trimesh
 from captures import REFUSED, refused
-from drawn_pipeline import NOTHING, DrawnPipeline, box_views, fit_in_few_steps, mean_color, welded
+from drawn_pipeline import NOTHING, DrawnPipeline, box_views, fit_in_few_steps, load_drawn_pipelines, mean_color, welded
 from gradio import SelectData
 from gradio.exceptions import Error
 from gradio_client import Client, handle_file
@@ -27,7 +27,6 @@ from coser.cameras import Cameras
 from coser.examples import load_examples
 from coser.finishing import finish_asset, save_finished
 from coser.models.block import MIXERS
-from coser.pipeline import CoSERPipeline
 from coser.reconstruction import find_surface, save_glb
 from coser.request import MODULES, AssetOptions, GenerationRequest
 from coser.sessions import run_folder, set_current_run
@@ -42,7 +41,7 @@ QUICK = {"num_views": 6, "num_inference_steps": 3, "randomize_seed": False, "api
 def address(tmp_path_factory):
     temporary = tmp_path_factory.mktemp("temporary")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CoSERPipeline, "from_pretrained", lambda *args, **kwargs: DrawnPipeline())
+        load_drawn_pipelines(patch)
         patch.setattr(tempfile, "tempdir", str(temporary))  # gradio's client leaves folders behind
         demo = app.build_app(Studio("tests/drawn", device="cpu"), temporary / "sessions")
         yield app.launch(demo, prevent_thread_lock=True, quiet=True)

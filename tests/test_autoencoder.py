@@ -44,6 +44,23 @@ def test_latents_are_normalised_by_the_statistics_and_decoding_undoes_it(vae, vi
     torch.testing.assert_close(vae.latents_to_views(latents).masks[:, 0], vae.decode(raw)[:, 3].clamp(0, 1))
 
 
+@pytest.mark.parametrize("way", ["encode", "decode", "decode_preview"])
+def test_weights_that_wait_elsewhere_are_fetched_for_each_way_through(way):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Fetching(ModelHook):
+        fetched = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.fetched += 1
+            return args, kwargs
+
+    vae, hook = ViewAutoencoder(**TINY), Fetching()
+    add_hook_to_module(vae, hook)
+    getattr(vae, way)(torch.zeros(1, 5, 32, 32) if way == "encode" else torch.zeros(1, vae.config.latent_channels, 2, 2))
+    assert hook.fetched == 1
+
+
 def test_without_statistics_there_are_no_normalised_latents(views):
     with pytest.raises(ValueError, match="latent statistics"):
         ViewAutoencoder(**TINY).views_to_latents(views)

@@ -9,12 +9,11 @@ from types import SimpleNamespace
 import pytest
 import trimesh
 from captures import REFUSED, refused
-from drawn_pipeline import NOTHING, DrawnPipeline, box_views, fit_in_few_steps, mean_color, welded
+from drawn_pipeline import NOTHING, DrawnPipeline, box_views, fit_in_few_steps, load_drawn_pipelines, mean_color, welded
 from PIL import Image
 
 from coser.__main__ import main
 from coser.cameras import Cameras
-from coser.pipeline import CoSERPipeline
 from coser.vocabulary import Verdict
 
 QUICK = ["--num-views", "6", "--num-inference-steps", "3", "--checkpoint", "tests/drawn",
@@ -23,7 +22,7 @@ QUICK = ["--num-views", "6", "--num-inference-steps", "3", "--checkpoint", "test
 
 @pytest.fixture(autouse=True)
 def drawn(monkeypatch, tmp_path):
-    monkeypatch.setattr(CoSERPipeline, "from_pretrained", lambda *args, **kwargs: DrawnPipeline())
+    load_drawn_pipelines(monkeypatch)
     monkeypatch.chdir(tmp_path)
 
 
@@ -66,7 +65,8 @@ def test_wrong_arguments_exit_with_2_and_one_line_that_names_them(arguments, nam
 
 
 @pytest.mark.parametrize("arguments", [
-    [NOTHING, *QUICK], ["a box", "--checkpoint", "not/a/checkpoint"],
+    [NOTHING, *QUICK], ["a box", "--checkpoint", "not/a/checkpoint"], ["a box", "--device", "gpu"],
+    ["a box", *QUICK, "--mixers", "dense"],
 ])
 def test_what_cannot_be_made_exits_with_1_and_a_message(arguments, capsys, tmp_path):
     assert main(arguments) == 1

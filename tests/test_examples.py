@@ -6,12 +6,11 @@ from pathlib import Path
 import numpy as np
 import pygltflib
 import pytest
-from drawn_pipeline import DrawnPipeline, welded
+from drawn_pipeline import load_drawn_pipelines, welded
 from PIL import Image
 
 from coser.examples import load_example, load_examples, main, make_examples, weights_hash
 from coser.models.block import MIXERS
-from coser.pipeline import CoSERPipeline
 from coser.request import GenerationRequest
 from coser.studio import SMALL, TILE, Studio
 from coser.views import grid_columns
@@ -24,7 +23,7 @@ SHIPPED = load_examples(FOLDER / "gallery")
 
 @pytest.fixture
 def studio(monkeypatch):
-    monkeypatch.setattr(CoSERPipeline, "from_pretrained", lambda *args, **kwargs: DrawnPipeline())
+    load_drawn_pipelines(monkeypatch)
     return Studio("tests/drawn", device="cpu")
 
 
@@ -84,7 +83,7 @@ def test_examples_no_longer_asked_for_go_and_nothing_else_does(studio, tmp_path)
 
 
 def test_the_command_draws_a_list_of_prompts(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(CoSERPipeline, "from_pretrained", lambda *args, **kwargs: DrawnPipeline())
+    load_drawn_pipelines(monkeypatch)
     (tmp_path / "list.txt").write_text("a red box\n\n")
     main([str(tmp_path / "list.txt"), str(tmp_path / "out"), "--checkpoint", "tests/drawn", "--seed", "3"])
     assert [e.request for e in load_examples(tmp_path / "out")] == [

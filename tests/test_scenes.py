@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from drawn_pipeline import COLORS, NOTHING, DrawnPipeline, box_views, welded
+from drawn_pipeline import COLORS, NOTHING, box_views, load_drawn_pipelines, welded
 
 from coser.cameras import Cameras
 from coser.data.placing import box_of
@@ -171,7 +171,7 @@ def test_views_of_two_objects_become_views_and_a_surface_of_both():
 
 @pytest.fixture
 def studio(monkeypatch):
-    monkeypatch.setattr(CoSERPipeline, "from_pretrained", lambda *args, **kwargs: DrawnPipeline())
+    load_drawn_pipelines(monkeypatch)
     studio = Studio("tests/drawn", device="cpu")
     monkeypatch.setattr(studio, "life_sizes", LifeSizes())
     return studio

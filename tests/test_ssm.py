@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 
+from coser.models import ssm
 from coser.models.ssm import scan, scan_backend, scan_chunked, scan_naive
 
 
@@ -80,6 +81,28 @@ def test_backend_follows_the_device():
     assert scan_backend(torch.device("cpu")) == "chunked"
     tensors = inputs(9)
     torch.testing.assert_close(scan(*tensors, chunk_size=4), scan_chunked(*tensors, chunk_size=4))
+
+
+def test_kernels_that_do_not_run_are_replaced_once_and_for_all(monkeypatch, caplog):
+    calls = []
+
+    def kernels(*args):
+        calls.append(args)
+        raise RuntimeError("Failed to find C compiler. Please specify via CC\nand more")
+
+    class OnCuda(torch.Tensor):  # computes here and says that it lies there
+        device = property(lambda self: torch.device("cuda"))
+
+    monkeypatch.setattr(ssm, "_triton_scan", lambda: kernels)
+    monkeypatch.setattr(ssm, "_failed", [])
+    monkeypatch.setattr(ssm, "scan_chunked", lambda x, *rest: x * 2)
+    x, *rest = inputs(9, dtype=torch.float32)
+    there = x.as_subclass(OnCuda)
+    assert scan_backend(there.device) == "triton"
+    for _ in range(2):
+        assert torch.equal(scan(there, *rest).as_subclass(torch.Tensor), x * 2)
+    assert len(calls) == 1 and scan_backend(there.device) == "chunked"
+    assert "Failed to find C compiler" in caplog.text and "and more" not in caplog.text
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -11,16 +11,15 @@ import numpy as np
 import pygltflib
 import pytest
 import torch
-from drawn_pipeline import NOTHING, DrawnPipeline, box_views, mean_color, quarter_size, welded
+from drawn_pipeline import NOTHING, DrawnPipeline, box_views, load_drawn_pipelines, mean_color, quarter_size, welded
 
 from coser.cameras import Cameras
-from coser.pipeline import CoSERPipeline
 from coser.models.unet import MIXERS
 from coser.own_views import PosedViews
 from coser.reconstruction import stream_surface
 from coser.request import AssetOptions, GenerationRequest
 from coser.sessions import (current_run, file_name, remove_old_runs, run_folder, session_folder, set_current_run)
-from coser.studio import TILE, Studio, _Run, grid
+from coser.studio import TILE, Studio, _Run, checkpoint_folder, grid
 from coser.symmetry import Symmetries
 from coser.vocabulary import Verdict
 
@@ -30,7 +29,7 @@ QUICK = AssetOptions(max_faces=500, texture_size=512)
 
 @pytest.fixture
 def studio(monkeypatch):
-    monkeypatch.setattr(CoSERPipeline, "from_pretrained", lambda *args, **kwargs: DrawnPipeline())
+    load_drawn_pipelines(monkeypatch)
     return Studio("tests/drawn", device="cpu")
 
 
@@ -331,7 +330,7 @@ def test_previews_and_results_cover_the_same_picture():
 
 
 def test_first_log_line_gives_device_dtype_scan_and_checkpoint_with_reasons(monkeypatch, caplog):
-    monkeypatch.setattr(CoSERPipeline, "from_pretrained", lambda *args, **kwargs: DrawnPipeline())
+    load_drawn_pipelines(monkeypatch)
     with caplog.at_level("INFO", logger="coser"):
         Studio("tests/drawn", device="cpu")
     line = caplog.records[0].getMessage()
@@ -345,6 +344,29 @@ def test_unusable_checkpoints_and_devices_are_named():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device must be"):
             Studio("tests/drawn", device="cuda")
+
+
+def test_a_hub_id_is_downloaded_and_what_lies_here_is_none(monkeypatch, tmp_path):
+    asked = []
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "model_index.json").touch()
+    monkeypatch.setattr("coser.studio.snapshot_download", lambda name: asked.append(name) or str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert checkpoint_folder("someone/coser") == tmp_path / "hub" == checkpoint_folder("hub").resolve()
+    assert asked == ["someone/coser"]
+    for wrong in ("runs/mistyped", "runs", "nowhere", "no/such/folder"):
+        with pytest.raises(ValueError, match=f"checkpoint must be a folder .* got {wrong}"):
+            checkpoint_folder(wrong)
+    assert len(asked) == 1, "a folder that is missing here is not looked for elsewhere"
+
+
+def test_modules_that_the_checkpoint_lacks_do_not_switch_off_those_that_it_has(studio):
+    assert set(studio.mixers) == set(MIXERS)
+    assert studio.mixers_for(replace(REQUEST, mixers=MIXERS[:1])) == MIXERS[:1]
+    assert studio.mixers_for(replace(REQUEST, mixers=())) == () and studio.mixers_for(replace(REQUEST, mixers=None))
+    with pytest.raises(ValueError, match="mixers must be .*adjacent.*got dense"):
+        studio.mixers_for(replace(REQUEST, mixers=("dense",)))
 
 
 def test_session_names_cannot_leave_their_root(tmp_path):

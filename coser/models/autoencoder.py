@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from coser.views import ViewSet, channels_to_views, nearness_to_depths, views_to_channels
@@ -133,6 +134,7 @@ class ViewAutoencoder(ModelMixin, ConfigMixin):
             taken[f"decoder.{places[rest[0]]}.{'.'.join(rest[1:])}" if part == "decoder" else key] = value
         self.load_state_dict(taken, strict=False)
 
+    @apply_forward_hook
     def encode(self, channels: Tensor) -> Tensor:
         """[B,5,H,W] in [0,1], H and W multiples of 16 => raw latents [B,C,H/16,W/16] in the weights' dtype."""
         shape = channels.shape
@@ -140,6 +142,7 @@ class ViewAutoencoder(ModelMixin, ConfigMixin):
         features = channels_to_features(channels.float()).to(self.dtype)
         return self.encoder(features.contiguous(memory_format=torch.channels_last))
 
+    @apply_forward_hook
     def decode(self, raw_latents: Tensor) -> Tensor:
         """Raw latents [B,C,h,w] => float32 [B,5,16h,16w], about [0,1].
 
@@ -147,6 +150,7 @@ class ViewAutoencoder(ModelMixin, ConfigMixin):
         """
         return features_to_channels(self.decoder(raw_latents.contiguous(memory_format=torch.channels_last)).float())
 
+    @apply_forward_hook
     def decode_preview(self, raw_latents: Tensor) -> Tensor:
         """Raw latents [B,C,h,w] => a rough float32 [B,5,4h,4w], about [0,1]."""
         return features_to_channels(self.preview(raw_latents.contiguous(memory_format=torch.channels_last)).float())

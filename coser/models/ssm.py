@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 import math
 import sys
 import types
@@ -18,6 +19,10 @@ import types
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+log = logging.getLogger("coser")
+
+_failed: list[Exception] = []  # what mamba_ssm's kernels died of; once is enough
 
 
 def scan_naive(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
@@ -118,8 +123,8 @@ def _later(size: int, device: torch.device, diagonal: int = 1) -> Tensor:
 
 
 def scan_backend(device: torch.device) -> str:
-    """"triton" where tensors lie on CUDA and mamba_ssm's kernels load, else "chunked"; asked at each call."""
-    return "triton" if device.type == "cuda" and _triton_scan() is not None else "chunked"
+    """"triton" where tensors lie on CUDA and mamba_ssm's kernels load, and work as far as is known, else "chunked"."""
+    return "triton" if device.type == "cuda" and _triton_scan() is not None and not _failed else "chunked"
 
 
 def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int = 64) -> Tensor:
@@ -127,7 +132,15 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int
     if scan_backend(x.device) == "chunked":
         return scan_chunked(x, dt, A, B, C, chunk_size)
     power = max(16, 1 << (chunk_size - 1).bit_length())  # the kernels want a power of two
-    return _triton_scan()(x, dt, A.float(), B.to(x.dtype), C.to(x.dtype), power)
+    try:
+        return _triton_scan()(x, dt, A.float(), B.to(x.dtype), C.to(x.dtype), power)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # triton compiles at the first launch; without a C compiler that raises anything
+        _failed.append(error)
+        log.warning("mamba_ssm's kernels do not run here (%s); the scan takes plain torch from now on",
+                    str(error).strip().split("\n")[0])
+        return scan_chunked(x, dt, A, B, C, chunk_size)
 
 
 @functools.lru_cache(maxsize=1)
