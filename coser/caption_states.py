@@ -73,6 +73,7 @@ def encode_captions(pipeline: CoSERPipeline, captions: list[str], cache: Path | 
     """The text states of different captions; kept in the folder `cache`, where given, for the next start."""
     unique = set(captions) | {""}
     name = f"captions-{pipeline.text_encoder.config.sha256[:16]}-{str(pipeline.unet.dtype).removeprefix('torch.')}"
+    name += f"-by-{str(pipeline.text_encoder.dtype).removeprefix('torch.')}"  # in which the states differ, too
     states = {} if cache is None else _load_captions(cache / f"{name}.safetensors")
     missing = sorted(unique - states.keys())
     for i in range(0, len(missing), 64):

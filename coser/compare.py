@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import shutil
 import statistics
@@ -70,13 +71,14 @@ def estimates(pipeline: CoSERPipeline, renders: Path,
         stride = max(1, len(views) // VIEWS)
         views, cameras = views[::stride], cameras[::stride]
         embeds = pipeline.encode_prompt([ring.captions[0]])
-        clean = pipeline.vae.views_to_latents(views).float()
+        clean = pipeline.vae.views_to_latents(views.to(pipeline.device)).float()
         for level in LEVELS:
-            noise = torch.randn(clean.shape, generator=step_generator(11, i))
+            noise = torch.randn(clean.shape, generator=step_generator(11, i)).to(clean)
             noisy = (1 - level) * clean + level * noise
-            flow = pipeline.unet(noisy[None].to(pipeline.unet.dtype), torch.tensor([level * 1000]), embeds.states,
-                                 cameras, pooled=embeds.pooled, attention_mask=embeds.mask)[0].float()
-            yield level, pipeline.latents_to_views(noisy - level * flow), views, cameras
+            time = torch.tensor([level * 1000], device=clean.device)
+            flow = pipeline.unet(noisy[None].to(pipeline.unet.dtype), time, embeds.states, cameras,
+                                 pooled=embeds.pooled, attention_mask=embeds.mask)[0].float()
+            yield level, pipeline.latents_to_views(noisy - level * flow).to("cpu"), views, cameras
 
 
 def estimate_figures(pipeline: CoSERPipeline, renders: Path) -> dict[str, float]:
@@ -92,7 +94,8 @@ def estimate_figures(pipeline: CoSERPipeline, renders: Path) -> dict[str, float]
                  "neighbours": neighbour_color_psnr(estimate, views, cameras)}
         for name, value in found.items():
             figures.setdefault(f"{name}_{level}", []).append(value)
-    return {name: statistics.mean(values) for name, values in figures.items()}
+    means = {name: [v for v in values if not math.isnan(v)] for name, values in figures.items()}
+    return {name: statistics.mean(values) for name, values in means.items() if values}
 
 
 def sheet(variants: list[Variant], options: argparse.Namespace, seed: int, ring: int) -> Image.Image:
@@ -126,6 +129,11 @@ def command_line(variant: Variant, seed: int, folder: Path, options: argparse.Na
             "1000000", "--evaluate-every", "1000000", *shlex.split(options.arguments), *variant.arguments]
 
 
+def told(variant: Variant, seed: int, options: argparse.Namespace) -> str:
+    """What its row depends on, wherever its folder is."""
+    return shlex.join(command_line(variant, seed, Path("run"), options))
+
+
 def train_variant(variant: Variant, seed: int, folder: Path, options: argparse.Namespace) -> dict:
     """One run from its first step to its figures; its row. The checkpoint's training state is not kept."""
     parsed, loop = train.parse(command_line(variant, seed, folder, options))
@@ -134,9 +142,10 @@ def train_variant(variant: Variant, seed: int, folder: Path, options: argparse.N
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     pipeline = CoSERPipeline.from_pretrained(checkpoint)
     dtype = getattr(torch, parsed.dtype)
-    pipeline.unet.to(parsed.device, dtype), pipeline.vae.to(parsed.device, dtype)
+    pipeline.to(parsed.device)
+    pipeline.unet.to(dtype), pipeline.vae.to(dtype)
     held_out = next(row for row in reversed(log) if row.get("held_out"))
-    row = {"variant": variant.name, "seed": seed, "steps": held_out["step"],
+    row = {"variant": variant.name, "seed": seed, "steps": held_out["step"], "told": told(variant, seed, options),
            "seconds": json.loads((checkpoint / "training.json").read_text())["seconds"],
            "views_per_second": statistics.median(r["views_per_second"] for r in log if "views_per_second" in r),
            "mebibytes": mebibytes_kept(pipeline), "parameters": sum(p.numel() for p in pipeline.unet.parameters()),
@@ -203,18 +212,29 @@ def main(arguments: list[str] | None = None) -> None:
                 # held by the process that trains here, and free again when that one ends, however it ends
                 with FileLock(folder.with_suffix(".lock"), blocking=False):
                     if (folder / "row.json").is_file():
+                        before = json.loads((folder / "row.json").read_text("utf-8")).get("told")
+                        if before not in (None, told(variant, seed, options)):
+                            raise ValueError("out must be a folder of its own for each budget and set of arguments, "
+                                             f"got {options.out}, where {variant.name} was trained by {before}")
                         continue
                     shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
                     row = train_variant(variant, seed, folder, options)
                     (folder / "row.json").write_text(json.dumps(row), encoding="utf-8")
             except Timeout:
                 continue
-            rows = finished_rows(variants, options)
-            (options.out / "table.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-            (options.out / "table.md").write_text(table(rows, variants), encoding="utf-8")
-            print(table(rows, variants), flush=True)
+            write_table(variants, options)
+    write_table(variants, options)  # also where all was done before
     if options.sheet:
         sheet(variants, options, options.seeds[0], options.sheet_ring).save(options.sheet)
+
+
+def write_table(variants: list[Variant], options: argparse.Namespace) -> None:
+    """The table of what is done so far, to files and to the terminal."""
+    rows = finished_rows(variants, options)
+    if rows:
+        (options.out / "table.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        (options.out / "table.md").write_text(table(rows, variants), encoding="utf-8")
+        print(table(rows, variants), flush=True)
 
 
 def finished_rows(variants: list[Variant], options: argparse.Namespace) -> list[dict]:

@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         choose_device(getattr(options, "device", None))
         options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"coser: {error}")
 
 

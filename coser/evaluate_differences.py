@@ -39,6 +39,12 @@ def load_scores(path: str | Path, column: str = "generated") -> Scores:
         raise ValueError(f"{path} must be a table of quality with a column {column!r}, got {error!r}") from error
 
 
+def judge_of(path: str | Path) -> str | None:
+    """The fingerprint of the judge that a table tells; None where it tells none."""
+    file = Path(path) / "table.json" if Path(path).is_dir() else Path(path)
+    return json.loads(file.read_text("utf-8")).get("judge")
+
+
 def differences(base: Scores, other: Scores) -> dict[str, Difference]:
     """Figure => what `other` has more of it than `base`, within the prompts that both were asked.
 
@@ -59,14 +65,18 @@ def differences(base: Scores, other: Scores) -> dict[str, Difference]:
 
 
 def differences_table(base: Scores, others: Sequence[Scores], names: Sequence[str]) -> str:
-    """The differences as Markdown, a column for each of `others`; names: the base's, then theirs."""
+    """The differences as Markdown, a column for each of `others`; names: the base's, then theirs.
+
+    The base's own figures are of the prompts that any of the others has, too.
+    """
     changes = [differences(base, other) for other in others]
     lines = [f"| mean over the prompts | prompts | {' | '.join(names)} |", "|---|" + "--:|" * (len(names) + 1)]
     for line in LINES:
         told = [change.get(line.figure) for change in changes]
         if not any(told):
             continue
-        mean = statistics.fmean(row[line.figure] for row in base.values() if line.figure in row)
+        asked = [p for p in base if line.figure in base[p] and any(line.figure in o.get(p, {}) for o in others)]
+        mean = statistics.fmean(base[p][line.figure] for p in asked)
         counts = "/".join(sorted({str(change.count) for change in told if change}, key=int))
         cells = [line.form.format(mean), *("" if change is None else _cell(change, line.form) for change in told)]
         lines.append(f"| {line.label} | {counts} | {' | '.join(cells)} |")
@@ -86,4 +96,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     tables = [options.base, *options.others]
     base, *others = map(load_scores, tables)
+    judges = {judge_of(table) for table in tables} - {None}
+    if len(judges) > 1:
+        raise ValueError(f"tables must be of one judge to be compared, got {' and '.join(sorted(judges))}")
     print(differences_table(base, others, [table.name if table.is_dir() else table.parent.name for table in tables]))

@@ -157,15 +157,22 @@ def run(options: argparse.Namespace) -> None:
     pipeline, prompts = load_pipeline(options), read_prompts(options.prompts)
     names = ["seconds", "faces", "watertight", "cross", "own_psnr", "own_iou", "coverage", "sharpness"]
     print(f"{'prompt':28}", *(f"{n:>10}" for n in names))
-    scores, rows = [], []
-    drawn = evaluate_prompts(pipeline, prompts, options.seed, symmetries=symmetries_asked_for(options, pipeline),
-                             consistency=options.consistency, fuse=fused_views, **sampling_arguments(options))
-    for score, result, mesh in drawn:
+    scores, rows, symmetries = [], [], symmetries_asked_for(options, pipeline)
+    for prompt in prompts:
+        try:
+            (score, result, mesh), = evaluate_prompts(
+                pipeline, [prompt], options.seed, symmetries, consistency=options.consistency, fuse=fused_views,
+                **sampling_arguments(options))
+        except ValueError as error:  # a prompt whose views show no surface must not cost the others their figures
+            print(f"{prompt[:28]:28} {error}", flush=True)
+            rows.append((f"{prompt}: no surface", np.full((SHEET_VIEWS + 2, SHEET_TILE, SHEET_TILE, 3), 255, np.uint8)))
+            continue
         scores.append(asdict(score))
         rows.append((score.prompt, sheet_row(result.views, mesh)))
         print(f"{score.prompt[:28]:28}", *(f"{float(scores[-1][n]):10.3f}" for n in names), flush=True)
-    print(f"{'median':28}", *(f"{statistics.median(float(s[n]) for s in scores):10.3f}" for n in names))
-    print(f"{len(scores)} prompts, watertight: {sum(s['watertight'] for s in scores)}")
+    if scores:
+        print(f"{'median':28}", *(f"{statistics.median(float(s[n]) for s in scores):10.3f}" for n in names))
+    print(f"{len(prompts)} prompts, meshes: {len(scores)}, watertight: {sum(s['watertight'] for s in scores)}")
     if options.sheet:
         contact_sheet(rows).save(options.sheet, optimize=True)
     if options.json:

@@ -162,22 +162,26 @@ def evaluate_surface(assets: list[Asset], num_views: list[int], methods: list[st
     """Measures every asset, number of views and method that `out`/rows.jsonl lacks, and returns all its rows.
 
     device: of our own methods; the baselines' libraries work on the CPU. A method that finds no surface, or whose
-    library is missing, leaves a row with the reason in "error".
+    library is missing, leaves a row with the reason in "error"; the latter is tried again the next time. Rows of
+    pictures of another size are not taken over.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "rows.jsonl"
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+    rows = [row for row in rows if row.get("size", size) == size and not row.get("lacking")]
     have = {(row["id"], row["num_views"], row["method"]) for row in rows}
     for asset in assets:
         for count in num_views:
             missing = [m for m in methods if (asset.id, count, m) not in have]
             scene = make_scene(asset, count, size) if missing else None
             for method in missing:
-                row = {"id": asset.id, "object": asset.object, "num_views": count, "method": method}
+                row = {"id": asset.id, "object": asset.object, "num_views": count, "method": method, "size": size}
                 try:
                     row |= measure(scene, METHODS[method][1], device if method in OURS else "cpu")
-                except (ValueError, ImportError) as error:
+                except ValueError as error:
                     row["error"] = str(error)
+                except ImportError as error:
+                    row |= {"error": str(error), "lacking": True}
                 rows.append(row)
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")

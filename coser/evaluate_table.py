@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import importlib.util
 import json
 import statistics
 import time
@@ -47,6 +49,11 @@ WORDS = ("object_right", "object_named", "object_in_5", "object_log_likelihood",
          "both_named", "kinds_in_2", "kinds_in_5", "kinds_apart", "caption_fit")
 
 
+# of them what is so or not: a mesh that there is not is none of it
+SHARES = tuple(word for word in WORDS if word not in ("object_log_likelihood", "caption_fit"))
+MEASURED = 2  # what these figures mean; a later number measures anew what lies in a folder
+
+
 def draw_rings(pipeline: CoSERPipeline, questions: list[Question], folder: Path, seed: int = 0,
                symmetries: Symmetries = Symmetries({}), sizes: LifeSizes | None = None, **arguments) -> list[Ring]:
     """Draws each question's ring into `folder`, as coser.data.render writes renders; rings that exist are kept.
@@ -70,8 +77,14 @@ def draw_rings(pipeline: CoSERPipeline, questions: list[Question], folder: Path,
             began = time.perf_counter()
             plan = scene_plan(question.prompt) if sizes else None
             if plan:
-                scene = put_together(plan, [draw(one.prompt) for one in plan.objects], sizes.of)
-                views, cameras = scene.views, scene.cameras
+                parts = [draw(one.prompt) for one in plan.objects]
+                try:
+                    scene = put_together(plan, parts, sizes.of)
+                    views, cameras = scene.views, scene.cameras
+                except ValueError as error:  # an object that shows no surface: the app hands over nothing, either
+                    print(f"{question.prompt}: {error}", flush=True)
+                    (views, cameras), *_ = parts
+                    views = ViewSet(*(torch.zeros_like(t) for t in (views.views, views.masks, views.depths)))
             else:
                 views, cameras = draw(question.prompt)
             seconds = time.perf_counter() - began
@@ -79,7 +92,7 @@ def draw_rings(pipeline: CoSERPipeline, questions: list[Question], folder: Path,
         stages = {stage.name: round(stage.seconds, 4) for stage in watch.stages.values() if stage.calls}
         rows[name] = {"id": name, "object": question.object, "captions": [question.prompt],
                       "colors": [question.color] if question.color else [], "kinds": list(question.kinds),
-                      "seconds": round(seconds, 4), "stages": stages}
+                      "seconds": round(seconds, 4), "stages": stages, "put_together": bool(plan)}
         write_index(folder, rows.values())
         print(f"{len(rows):4} {question.prompt:32} {seconds:6.1f} s", flush=True)
     wanted = {slug(q.prompt) for q in questions}
@@ -90,19 +103,25 @@ def geometry_figures(views: ViewSet, cameras: Cameras, drawn: bool) -> tuple[dic
     """How well a ring agrees with itself, and what its mesh is like: name => figure; and the mesh from its cameras.
 
     drawn: by a model, whose mesh is smoothed as in the app; how views agree is measured on what they show as it is.
+    Raises ValueError where there is no mesh; a figure that lacks a surface of its own, of half of the views, is left
+    out.
     """
     began = time.perf_counter()
     mesh = reconstruct(views, cameras, drawn=drawn, **QUICK)
     seconds = time.perf_counter() - began
     seen = render_mesh(mesh, cameras, views.views.shape[-1])
-    crossed = agreement.cross_render(views, cameras)
     curve = tsed(views, cameras)
-    held_out_psnr, held_out_ssim = agreement.held_out_rerender(views, cameras)
-    figures = {
-        "cross_psnr": float(crossed.psnr.median()), "cross_chamfer": crossed.chamfer,
-        "hull_iou": float(agreement.leave_one_out_hull_iou(views, cameras).mean()),
+    figures = {}
+    with contextlib.suppress(ValueError):
+        crossed = agreement.cross_render(views, cameras)
+        figures |= {"cross_psnr": float(crossed.psnr.median()), "cross_chamfer": crossed.chamfer}
+    with contextlib.suppress(ValueError):
+        figures["hull_iou"] = float(agreement.leave_one_out_hull_iou(views, cameras).mean())
+    with contextlib.suppress(ValueError):
+        held_out_psnr, held_out_ssim = agreement.held_out_rerender(views, cameras)
+        figures |= {"held_out_psnr": float(held_out_psnr.mean()), "held_out_ssim": float(held_out_ssim.mean())}
+    figures |= {
         "depth_agreement": float(agreement.neighbour_depth_agreement(views, cameras).mean()),
-        "held_out_psnr": float(held_out_psnr.mean()), "held_out_ssim": float(held_out_ssim.mean()),
         "own_psnr": float(psnr(seen.on_background(), views.on_background()).mean()),
         "own_iou": float(silhouette_iou(seen.masks, views.masks).mean()),
         "sharpness": float(sharpness(views).median()), "matches": curve.matches,
@@ -131,8 +150,9 @@ def judge_figures(judge: Asked, reference: Tensor, ring: Ring, views: ViewSet,
     hardly ever reach: the judge was taught single objects alone.
     """
     said = judge.judge(views)
+    text = ring.captions[0] if ring.kinds else ring.short_captions[-1]  # of assets, too, what people type
     figures = {"nearest": float(nearest_distances(ring_embedding(said.embeddings)[None], reference)[0]),
-               "caption_fit": float((said.embeddings @ judge.embed_text([ring.captions[0]])[0]).mean())}
+               "caption_fit": float((said.embeddings @ judge.embed_text([text])[0]).mean())}
     if ring.kinds:
         if set(ring.kinds) <= set(judge.config.kinds):
             guesses = judge.verdict(said.embeddings, ring.kinds[0]).top_objects
@@ -142,7 +162,7 @@ def judge_figures(judge: Asked, reference: Tensor, ring: Ring, views: ViewSet,
             figures |= {"kinds_apart": float(are_apart(halves, ring.kinds)),
                         "others_apart": share_apart(halves, others)}
         return figures
-    if judge.has_front(ring.object):
+    if judge.has_front(ring.object) and judge.config.janus_floor is not None:
         figures["janus"] = float(is_janus(said.sectors[:, 0].exp(), cameras.azimuths, **judge.janus_rule))
     color = ring.colors[0] if ring.colors and ring.colors[0] in judge.config.colors else None
     if ring.kind in judge.config.kinds:
@@ -191,12 +211,16 @@ class ClipScore:
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the table: rings, in which order their views come, and whether a model drew them."""
+    """One column of the table: rings, in which order their views come, and whether a model drew them.
+
+    rendered: ids of drawn rings whose views are renders of objects put together, smoothed already.
+    """
 
     name: str
     rings: list[Ring]
     shuffled: bool = False
     drawn: bool = False
+    rendered: frozenset[str] = frozenset()
 
 
 def score_column(column: Column, judge_of: Callable[[Ring, ViewSet, Cameras], dict[str, float]], num_views: int,
@@ -204,8 +228,8 @@ def score_column(column: Column, judge_of: Callable[[Ring, ViewSet, Cameras], di
     """The figures of every ring of a column; those that `file` has already are taken from there.
 
     A shuffled column holds only figures of how the views agree. What a ring is judged by its words is asked of its
-    mesh, too, seen by the same cameras: mesh_<name>. A ring that shows no surface gets `failed` in place of what it
-    lacks.
+    mesh, too, seen by the same cameras: mesh_<name>. A ring that shows no surface has `failed`, and nothing right on
+    its mesh. Raises ValueError for rings of which `num_views` are no even share.
     """
     done = {}
     if file.is_file():
@@ -214,16 +238,20 @@ def score_column(column: Column, judge_of: Callable[[Ring, ViewSet, Cameras], di
         if ring.asset_id in done:
             continue
         views, cameras = load_ring(ring.path)
-        stride = max(1, len(views) // num_views)
+        if len(views) % num_views:
+            raise ValueError(f"num_views must divide the {len(views)} views of {ring.path.name}, so that all columns "
+                             f"have as many, got {num_views}")
+        stride = len(views) // num_views
         views, cameras = views[::stride], cameras[::stride]
         figures = {} if column.shuffled else judge_of(ring, views, cameras)
         try:
             shown = agreement.shuffled_ring(views) if column.shuffled else views
-            found, seen = geometry_figures(shown, cameras, column.drawn)
+            found, seen = geometry_figures(shown, cameras, column.drawn and ring.asset_id not in column.rendered)
             of_mesh = {} if column.shuffled else judge_of(ring, seen, cameras)
             figures |= found | {f"mesh_{k}": v for k, v in of_mesh.items() if k in WORDS} | {"failed": 0.0}
         except ValueError as error:  # views that show nothing, or shuffled ones that allow no surface
-            figures |= {"failed": 1.0, "why": str(error)}
+            wrong = {f"mesh_{k}": 0.0 for k in figures if k in SHARES}
+            figures |= {"failed": 1.0, "why": str(error), "watertight": 0.0} | wrong
         done[ring.asset_id] = {"id": ring.asset_id, "prompt": ring.captions[0], **figures}
         with file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(done[ring.asset_id]) + "\n")
@@ -275,7 +303,32 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         "by one as the app does")
 
 
+def drawing_of(options: argparse.Namespace) -> dict[str, str]:
+    """All that the drawn rings depend on but their prompts, as what `claim` compares."""
+    weights = sha256()
+    for path in sorted(options.checkpoint.rglob("*.safetensors")):
+        weights.update(path.read_bytes())
+    chosen = ("num_views", "steps", "guidance_scale", "guidance_rescale", "skip_guidance_scale", "seed", "consistency",
+              "symmetry", "in_one_go")
+    return {"weights": weights.hexdigest()[:16]} | {name: str(getattr(options, name)) for name in chosen}
+
+
+def claim(folder: Path, drawing: dict[str, str]) -> None:
+    """Says in the folder how its rings are drawn; ValueError where it holds rings that were drawn otherwise."""
+    told = folder / "drawing.json"
+    before = json.loads(told.read_text("utf-8")) if told.is_file() else drawing
+    other = [f"{name} {before.get(name)}" for name in drawing if before.get(name) != drawing[name]]
+    if other:
+        raise ValueError(f"out must be a folder of its own for each way of drawing, got {folder}, whose rings were "
+                         f"drawn with {', '.join(other)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    told.write_text(json.dumps(drawing, indent=1) + "\n", "utf-8")
+
+
 def run(options: argparse.Namespace) -> None:
+    if importlib.util.find_spec("cv2") is None:
+        raise ValueError("the table's TSED needs OpenCV: pip install -r requirements-test.txt")
+    claim(options.out, drawing_of(options))
     pipeline = load_pipeline(options)
     pipeline.set_progress_bar_config(disable=True)
     questions = load_questions(options.questions, options.list)[:options.limit]
@@ -295,12 +348,14 @@ def run(options: argparse.Namespace) -> None:
         return figures | ({"clip": clip(views, ring.captions[0])} if clip else {})
 
     held_out = spread(list_rings(options.held_out), options.held_out_limit)
-    columns = (Column("generated", drawn, drawn=True), Column("true renders", held_out),
+    index = read_index(options.out / "rings")
+    rendered = frozenset(name for name, row in index.items() if row.get("put_together", bool(sizes and row["kinds"])))
+    columns = (Column("generated", drawn, drawn=True, rendered=rendered), Column("true renders", held_out),
                Column("shuffled renders", held_out, shuffled=True))
-    asked = sha256(judge.fingerprint).hexdigest()[:8]  # another judge's figures are not taken over
+    measured = judge.fingerprint + f"{MEASURED} {options.num_views} {options.clip}".encode()
+    asked = sha256(measured).hexdigest()[:8]  # another judge's figures are not taken over
     scores = {column.name: score_column(column, judge_of, options.num_views,
                                         options.out / f"{slug(column.name)}-{asked}.jsonl") for column in columns}
-    index = read_index(options.out / "rings")
     scores["generated"] = [row | {"seconds": index[row["id"]]["seconds"]} for row in scores["generated"]]
     summary = summarise(scores)
     names = {name for row in index.values() for name in row["stages"]}
@@ -310,5 +365,6 @@ def run(options: argparse.Namespace) -> None:
     chosen = {k: str(v) for k, v in vars(options).items() if k not in ("run", "judge")}
     chosen["judge"] = " ".join(map(str, options.judge))
     (options.out / "table.json").write_text(json.dumps(
-        {"options": chosen, "summary": summary, "stages": stages, "rings": scores}, indent=1) + "\n", "utf-8")
+        {"options": chosen, "judge": sha256(judge.fingerprint).hexdigest()[:8], "summary": summary, "stages": stages,
+         "rings": scores}, indent=1) + "\n", "utf-8")
     print(table)

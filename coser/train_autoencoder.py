@@ -85,14 +85,19 @@ def reconstruction_loss(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def autoencoder_figures(predicted: ViewSet, target: ViewSet) -> dict[str, float]:
-    """RGB PSNR over the object (dB), alpha IoU, and the depth's median error (units of the object's radius)."""
+    """RGB PSNR over the object (dB), alpha IoU, and the depth's median error (units of the object's radius).
+
+    Nan where there is nothing to measure on: an object, or one where the prediction has one, too.
+    """
     inside = target.masks > 0.5
     squared = (predicted.views - target.views).square().mean(1, keepdim=True)
-    psnr = torch.stack([-10 * torch.log10(s[m].mean().clamp_min(1e-10)) for s, m in zip(squared, inside) if m.any()])
+    nothing = torch.tensor([torch.nan])
+    psnr = torch.stack([-10 * torch.log10(s[m].mean().clamp_min(1e-10)) for s, m in zip(squared, inside) if m.any()]
+                       or [nothing])
     both, either = inside & (predicted.masks > 0.5), inside | (predicted.masks > 0.5)
     valid = both & (predicted.depths > 0)
     error = (predicted.depths - target.depths).abs()
-    medians = torch.stack([e[v].median() for e, v in zip(error, valid) if v.any()])
+    medians = torch.stack([e[v].median() for e, v in zip(error, valid) if v.any()] or [nothing])
     iou = both.sum((1, 2, 3)) / either.sum((1, 2, 3)).clamp_min(1)
     return {"psnr": float(psnr.mean()), "alpha_iou": float(iou.mean()),
             "depth_error": float(medians.median()), "depth_error_mean": float(medians.mean())}

@@ -120,15 +120,19 @@ def train_loop(optimizer: MasterOptimizer, loss_of_step: Callable[[int], tuple[t
     started = clock() - seconds
     step, saved_step, ending = start_step, start_step, 0.0
 
-    def save(evaluated: bool) -> None:
+    def save(evaluated: bool, saved: bool = True) -> None:
         nonlocal saved_step, ending
         began = time.perf_counter()
-        saved_step = step
+        saved_step = step if saved else saved_step
         if not peers.first:
             return
         optimizer.use_average()
         if evaluated:
             evaluate(step, log)
+            ending = max(ending, time.perf_counter() - began)
+        if not saved:
+            optimizer.use_masters()
+            return
         folder, temporary = options.run / f"checkpoint-{step}", options.run / "checkpoint-writing"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -161,6 +165,8 @@ def train_loop(optimizer: MasterOptimizer, loss_of_step: Callable[[int], tuple[t
         if step % options.save_every == 0 or overdue:
             save(step % options.evaluate_every == 0 or overdue)
             saved_at = clock() - started
+        elif step % options.evaluate_every == 0:
+            save(True, saved=False)
     if step > saved_step or (step > start_step and step % options.evaluate_every):
         save(True)
     peers.wait()  # the last checkpoint is there when any of them returns

@@ -1,5 +1,7 @@
 """The autoencoder's shapes, its normalised latents, and that it learns."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,13 @@ def test_latents_are_normalised_by_the_statistics_and_decoding_undoes_it(vae, vi
     mean, std = (torch.tensor(STATISTICS[k])[:, None, None] for k in ("latent_mean", "latent_std"))
     torch.testing.assert_close(latents * std + mean, raw)
     torch.testing.assert_close(vae.latents_to_views(latents).masks[:, 0], vae.decode(raw)[:, 3].clamp(0, 1))
+
+
+def test_what_shows_nothing_has_no_figures_but_does_not_stop_the_others(views):
+    empty = ViewSet(*(torch.zeros_like(t) for t in (views.views, views.masks, views.depths)))
+    figures = autoencoder_figures(empty, views)
+    assert math.isnan(figures["depth_error"]) and figures["alpha_iou"] == 0 and 0 < figures["psnr"] < 20
+    assert math.isnan(autoencoder_figures(views, empty)["psnr"])
 
 
 @pytest.mark.parametrize("way", ["encode", "decode", "decode_preview"])

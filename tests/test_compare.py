@@ -46,9 +46,19 @@ def test_every_variant_is_trained_with_every_seed(compared):
 
 
 def test_a_finished_run_is_not_repeated(compared):
-    before = {p: p.stat().st_mtime_ns for p in compared[0].rglob("*") if p.is_file()}
+    def files():
+        return {p: p.stat().st_mtime_ns for p in compared[0].rglob("*") if p.is_file() and p.parent != compared[0]}
+
+    before, tables = files(), {p: p.read_text() for p in compared[0].glob("table.*")}
+    for path in tables:
+        path.unlink()
     main(compared[1])
-    assert {p: p.stat().st_mtime_ns for p in compared[0].rglob("*") if p.is_file()} == before
+    assert files() == before and {p: p.read_text() for p in compared[0].glob("table.*")} == tables
+    longer = [*compared[1]]
+    longer[longer.index("--minutes") + 1] = "0.02"
+    with pytest.raises(ValueError, match="a folder of its own for each budget.*plain was trained by .*--minutes 0.01"):
+        main(longer)
+    assert files() == before
 
 
 def test_runs_of_a_given_length_and_inflated_ones(compared, renders, pipeline_folder, tmp_path):

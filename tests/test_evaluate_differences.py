@@ -62,6 +62,21 @@ def test_other_prompts_do_not_count_and_too_few_are_none(table):
         differences(scores, {"elsewhere": {"object_right": 1.0}})
 
 
+def test_the_base_s_figures_are_of_the_prompts_that_are_compared(table, capsys):
+    base = table("base", rows(cross_psnr=[10.0, 10.0, 30.0, 30.0]))
+    other = table("other", rows(cross_psnr=[11.0, 12.0]))
+    evaluate.main(["differences", str(base), str(other)])
+    assert "| 2 | 10.0 | +1.5 ± 0.5 |" in capsys.readouterr().out
+
+
+def test_tables_of_several_judges_are_not_compared(two, capsys):
+    for folder, judge in zip(two, ("abc", "def")):
+        whole = json.loads((folder / "table.json").read_text())
+        (folder / "table.json").write_text(json.dumps(whole | {"judge": judge}))
+    with pytest.raises(SystemExit, match="tables must be of one judge to be compared, got abc and def"):
+        evaluate.main(["differences", *map(str, two)])
+
+
 def test_the_command_prints_a_column_a_table(two, table, capsys):
     third = table("v1.5", rows(janus=[0.0, 1.0, 0.0, 0.0]))
     options = evaluate.parser().parse_args(["differences", *map(str, (*two, third))])

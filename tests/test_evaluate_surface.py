@@ -154,8 +154,23 @@ def test_rows_are_measured_once_and_failures_are_told(folder, monkeypatch):
     assert box["chamfer"] < SAME and box["psnr_-20"] > 10 and box["seconds"] > 0
     summary = summarise(rows)
     assert summary["depth, 4"]["assets"] == (2, 2) and summary["fit, 4"]["assets"] == (0, 2)
+    assert len(evaluate(assets, [4], ["depth"], folder / "out", size=48)) == 2 and asked == [4] * 4, "other pictures"
     table = markdown(summary, ["chamfer", "psnr_20"])
     assert "| cube | 4 |" in table and "0 of 2" in table
+
+
+def test_what_a_library_was_missing_for_is_tried_again(folder, monkeypatch):
+    def lacking(views, cameras):
+        raise ImportError("No module named 'open3d'")
+
+    assets = list_assets(folder, "val")[:1]
+    monkeypatch.setattr(evaluate_surface, "METHODS", {"tsdf": ("TSDF", lacking)})
+    assert evaluate(assets, [4], ["tsdf"], folder / "out", size=32)[0]["error"] == "No module named 'open3d'"
+    vertices, faces, _ = cube(0.5)
+    mesh = Mesh(vertices.numpy(), faces.numpy(), vertex_colors=np.full(vertices.shape, 0.5, np.float32))
+    monkeypatch.setattr(evaluate_surface, "METHODS", {"tsdf": ("TSDF", lambda views, cameras: mesh)})
+    row, = evaluate(assets, [4], ["tsdf"], folder / "out", size=32)
+    assert "error" not in row and row["chamfer"] > 0
 
 
 def test_worst_tenth_is_at_the_bad_end():

@@ -14,8 +14,8 @@ from coser.cameras import Cameras
 from coser.data.dataset import Ring, list_rings
 from coser.data.render import save_ring
 from coser.evaluate_prompts import LABEL_HEIGHT, SHEET_TILE, SHEET_VIEWS
-from coser.evaluate_table import (Column, draw_rings, draw_sheet, geometry_figures, judge_figures, reference_embeddings,
-                                  score_column, spread)
+from coser.evaluate_table import (Column, claim, draw_rings, draw_sheet, geometry_figures, judge_figures,
+                                  reference_embeddings, score_column, spread)
 from coser.judge import ViewJudge
 from coser.metrics import silhouette_iou
 from coser.quality_table import markdown, summarise
@@ -196,11 +196,12 @@ def test_columns_resume_and_name_what_shows_nothing(folder, tmp_path, monkeypatc
         asked.append(ring.asset_id)
         return {"object_right": float(ring.asset_id == "a_red_box" and asked.count("a_red_box") == 1), "nearest": 0.5}
 
-    scores = score_column(column, judge_of, 8, file)
+    scores = score_column(column, judge_of, 6, file)
     assert [row["failed"] for row in scores] == [0.0, 0.0, 1.0] and "why" in scores[2]
-    assert score_column(column, judge_of, 8, file) == scores 
+    assert score_column(column, judge_of, 6, file) == scores 
     assert asked == [rings[0].asset_id] * 2 + [rings[1].asset_id] * 2 + [rings[2].asset_id], "views, then their mesh"
-    assert [(row["object_right"], row.get("mesh_object_right")) for row in scores] == [(0, 0), (1, 0), (0, None)]
+    assert [(row["object_right"], row["mesh_object_right"]) for row in scores] == [(0, 0), (1, 0), (0, 0)]
+    assert [row["watertight"] for row in scores] == [1, 1, 0], "a mesh that there is not is not watertight"
     assert not {"mesh_nearest", "mesh_failed"} & set(scores[0]), "words alone are asked of a mesh"
     summary = summarise({"generated": scores, "ceiling": scores[:1]})
     generated = summary["generated"]
@@ -208,6 +209,28 @@ def test_columns_resume_and_name_what_shows_nothing(folder, tmp_path, monkeypatc
     table = markdown(summary, {"decoding": 0.25})
     assert "| object right, first guess of the judge | 33.3% | 0.0% |" in table and "| decoding | 0.25 |" in table
     assert "Janus" not in table, "what was not measured has no line"
+
+
+def test_columns_have_as_many_views_as_asked_or_none(folder, tmp_path):
+    column = Column("true renders", list_rings(folder))
+    with pytest.raises(ValueError, match="num_views must divide the 6 views of a_.*got 4"):
+        score_column(column, lambda *_: {}, 4, tmp_path / "scores.jsonl")
+
+
+def test_a_folder_is_of_one_way_of_drawing(tmp_path):
+    claim(tmp_path / "out", {"weights": "abc", "seed": "0"})
+    claim(tmp_path / "out", {"weights": "abc", "seed": "0"})
+    with pytest.raises(ValueError, match="out must be a folder of its own .*drawn with seed 0$"):
+        claim(tmp_path / "out", {"weights": "abc", "seed": "1"})
+
+
+def test_a_figure_that_half_of_the_views_do_not_allow_is_left_out_alone(box, monkeypatch):
+    def nothing(*_):
+        raise ValueError("views show no surface")
+
+    monkeypatch.setattr(evaluate_table.agreement, "cross_render", nothing)
+    figures, _ = geometry_figures(*box, drawn=False)
+    assert "cross_psnr" not in figures and figures["watertight"] == 1 and figures["hull_iou"] > 0.8
 
 
 def test_the_sheet_has_a_row_for_every_ring_and_no_mesh_of_nothing(folder, tmp_path):

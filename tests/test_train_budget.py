@@ -71,6 +71,18 @@ def test_a_resumed_run_is_as_far_as_its_share_of_all_the_time(tmp_path, clock):
     assert steps > 85 and progress[50] == pytest.approx(0.53, abs=0.05)
 
 
+def test_what_is_evaluated_more_often_than_saved_is_measured_on_the_averages(tmp_path):
+    net, evaluated = nn.Linear(2, 1), {}
+    optimizer = MasterOptimizer(net, lr=0.1, ema_decay=0.9)
+    train_loop.train_loop(optimizer, lambda step: (net(torch.ones(1, 2)).square().mean(), {}), lambda folder: None,
+                          lambda step, log: evaluated.update({step: net.weight.clone()}),
+                          Options(tmp_path, Budget(steps=11), save_every=5, evaluate_every=2, warmup=1))
+    assert list(evaluated) == [2, 4, 6, 8, 10, 11]
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-11"]
+    assert torch.equal(evaluated[11].half(), optimizer.averaged_copy(net).weight)
+    assert not torch.allclose(evaluated[11], net.weight, atol=1e-3), "the training went on with its own weights"
+
+
 def test_checkpoints_are_made_by_the_clock(tmp_path, clock):
     timed_run(tmp_path, clock, until=400.0, end_seconds=0.0, save_minutes=1.0)
     # the step in which a minute is over ends first: after 62, 124, 186 and 248 seconds, and at the end
