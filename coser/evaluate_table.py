@@ -213,7 +213,8 @@ class ClipScore:
 class Column:
     """One column of the table: rings, in which order their views come, and whether a model drew them.
 
-    rendered: ids of drawn rings whose views are renders of objects put together, smoothed already.
+    rendered: ids of drawn rings whose views are renders of objects put together, smoothed already. measured: ids of
+    the rings of which more is asked than what a judge sees; None: all.
     """
 
     name: str
@@ -221,6 +222,10 @@ class Column:
     shuffled: bool = False
     drawn: bool = False
     rendered: frozenset[str] = frozenset()
+    measured: frozenset[str] | None = None
+
+    def measures(self, ring: Ring) -> bool:
+        return self.measured is None or ring.asset_id in self.measured
 
 
 def score_column(column: Column, judge_of: Callable[[Ring, ViewSet, Cameras], dict[str, float]], num_views: int,
@@ -235,7 +240,7 @@ def score_column(column: Column, judge_of: Callable[[Ring, ViewSet, Cameras], di
     if file.is_file():
         done = {row["id"]: row for row in map(json.loads, file.read_text("utf-8").splitlines())}
     for ring in column.rings:
-        if ring.asset_id in done:
+        if ring.asset_id in done and ("failed" in done[ring.asset_id] or not column.measures(ring)):
             continue
         views, cameras = load_ring(ring.path)
         if len(views) % num_views:
@@ -244,14 +249,15 @@ def score_column(column: Column, judge_of: Callable[[Ring, ViewSet, Cameras], di
         stride = len(views) // num_views
         views, cameras = views[::stride], cameras[::stride]
         figures = {} if column.shuffled else judge_of(ring, views, cameras)
-        try:
-            shown = agreement.shuffled_ring(views) if column.shuffled else views
-            found, seen = geometry_figures(shown, cameras, column.drawn and ring.asset_id not in column.rendered)
-            of_mesh = {} if column.shuffled else judge_of(ring, seen, cameras)
-            figures |= found | {f"mesh_{k}": v for k, v in of_mesh.items() if k in WORDS} | {"failed": 0.0}
-        except ValueError as error:  # views that show nothing, or shuffled ones that allow no surface
-            wrong = {f"mesh_{k}": 0.0 for k in figures if k in SHARES}
-            figures |= {"failed": 1.0, "why": str(error), "watertight": 0.0} | wrong
+        if column.measures(ring):
+            try:
+                shown = agreement.shuffled_ring(views) if column.shuffled else views
+                found, seen = geometry_figures(shown, cameras, column.drawn and ring.asset_id not in column.rendered)
+                of_mesh = {} if column.shuffled else judge_of(ring, seen, cameras)
+                figures |= found | {f"mesh_{k}": v for k, v in of_mesh.items() if k in WORDS} | {"failed": 0.0}
+            except ValueError as error:  # views that show nothing, or shuffled ones that allow no surface
+                wrong = {f"mesh_{k}": 0.0 for k in figures if k in SHARES}
+                figures |= {"failed": 1.0, "why": str(error), "watertight": 0.0} | wrong
         done[ring.asset_id] = {"id": ring.asset_id, "prompt": ring.captions[0], **figures}
         with file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(done[ring.asset_id]) + "\n")
@@ -293,7 +299,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--questions", type=Path, default=QUESTIONS, help="JSON file of lists of prompts")
     parser.add_argument("--list", default="vocabulary", help="which of its lists")
     parser.add_argument("--limit", type=int, help="the first so many prompts")
-    parser.add_argument("--held-out-limit", type=int, help="so many of the held-out rings, spread evenly")
+    parser.add_argument("--held-out-limit", type=int, help="so many of the held-out rings, spread evenly, for all but "
+                        "what a judge sees in the views")
     parser.add_argument("--sheet", type=Path, help="where a contact sheet of the first prompts goes (PNG or WebP)")
     parser.add_argument("--sheet-prompts", type=int, default=40, help="how many prompts are on it")
     parser.add_argument("--clip", help="folder or hub id of a CLIP model, for its score")
@@ -347,11 +354,13 @@ def run(options: argparse.Namespace) -> None:
         figures = judge_figures(judge, reference, ring, views, cameras)
         return figures | ({"clip": clip(views, ring.captions[0])} if clip else {})
 
-    held_out = spread(list_rings(options.held_out), options.held_out_limit)
+    held_out = list_rings(options.held_out)
+    some = spread(held_out, options.held_out_limit)
     index = read_index(options.out / "rings")
     rendered = frozenset(name for name, row in index.items() if row.get("put_together", bool(sizes and row["kinds"])))
-    columns = (Column("generated", drawn, drawn=True, rendered=rendered), Column("true renders", held_out),
-               Column("shuffled renders", held_out, shuffled=True))
+    columns = (Column("generated", drawn, drawn=True, rendered=rendered), Column(
+        "true renders", held_out, measured=frozenset(ring.asset_id for ring in some)), Column(
+        "shuffled renders", some, shuffled=True))
     measured = judge.fingerprint + f"{MEASURED} {options.num_views} {options.clip}".encode()
     asked = sha256(measured).hexdigest()[:8]  # another judge's figures are not taken over
     scores = {column.name: score_column(column, judge_of, options.num_views,

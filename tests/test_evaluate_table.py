@@ -217,6 +217,23 @@ def test_columns_have_as_many_views_as_asked_or_none(folder, tmp_path):
         score_column(column, lambda *_: {}, 4, tmp_path / "scores.jsonl")
 
 
+def test_a_judge_sees_all_of_a_column_and_more_is_asked_of_some(folder, tmp_path):
+    rings, asked = list_rings(folder)[:2], []
+
+    def judge_of(ring, views, cameras):
+        asked.append(ring.asset_id)
+        return {"object_right": 1.0}
+
+    few = Column("true renders", rings, measured=frozenset([rings[1].asset_id]))
+    scores = score_column(few, judge_of, 6, tmp_path / "scores.jsonl")
+    assert [set(row) & {"failed", "cross_psnr", "mesh_object_right"} for row in scores] == [
+        set(), {"failed", "cross_psnr", "mesh_object_right"}]
+    assert asked == [rings[0].asset_id] + 2 * [rings[1].asset_id] and all(row["object_right"] == 1 for row in scores)
+    more = score_column(Column("true renders", rings), judge_of, 6, tmp_path / "scores.jsonl")
+    assert "cross_psnr" in more[0] and more[1] == scores[1], "what was not asked before is asked now"
+    assert score_column(few, judge_of, 6, tmp_path / "scores.jsonl") == more and len(asked) == 5
+
+
 def test_a_folder_is_of_one_way_of_drawing(tmp_path):
     claim(tmp_path / "out", {"weights": "abc", "seed": "0"})
     claim(tmp_path / "out", {"weights": "abc", "seed": "0"})
