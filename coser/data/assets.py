@@ -72,9 +72,8 @@ def list_assets(folder: str | Path, split: str | None = None, min_quality: int =
                 found.setdefault(asset.id, asset)
         assets = [found[key] for key in sorted(found)]
     assets = [a for a in assets if (split is None or a.split == split) and a.quality >= min_quality]
-    of_kind, about = Counter(map(last_word, assets)), Counter(map(head_word, assets))
-    del about[""]
-    assets = [a for a in assets if max(of_kind[last_word(a)], about[head_word(a)]) >= min_object_count
+    of_kind, about = Counter(map(last_word, assets)), Counter(map(subject_of, assets))
+    assets = [a for a in assets if max(of_kind[last_word(a)], about[subject_of(a)]) >= min_object_count
               and (words is None or last_word(a) in words)]
     if limit is not None:
         order = np.random.default_rng(0).permutation(len(assets))
@@ -96,6 +95,11 @@ def head_word(asset: Any) -> str:
     `last_word` makes plates. "" where nothing stands before it or but an amount ("pile of coins")."""
     head = (PLACES.split(before_details(asset.object.lower()), 1)[0].split() or [""])[-1]
     return "" if head in AMOUNTS and head != last_word(asset) else head
+
+
+def subject_of(asset: Any) -> str:
+    """What an `object` is about: its last word, but of a "table with two plates" the table."""
+    return head_word(asset) or last_word(asset)
 
 
 def other_sides(words: str) -> str:

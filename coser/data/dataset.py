@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from coser.cameras import Cameras
-from coser.data.assets import head_word, in_color, last_word, other_sides
+from coser.data.assets import head_word, in_color, last_word, other_sides, subject_of
 from coser.data.index import INDEX, is_stretched, original_id, read_index
 from coser.data.render import load_ring, ring_to_views
 from coser.data.stretch import WORDS, with_size
@@ -89,7 +89,7 @@ class Ring:
     @property
     def subject(self) -> str:
         """What the object is about: its kind, but of a "table with two plates" the table."""
-        return head_word(self) or self.kind
+        return subject_of(self)
 
 
 def mirror_views(views: ViewSet) -> ViewSet:
