@@ -358,9 +358,9 @@ def run(options: argparse.Namespace) -> None:
     some = spread(held_out, options.held_out_limit)
     index = read_index(options.out / "rings")
     rendered = frozenset(name for name, row in index.items() if row.get("put_together", bool(sizes and row["kinds"])))
-    columns = (Column("generated", drawn, drawn=True, rendered=rendered), Column(
-        "true renders", held_out, measured=frozenset(ring.asset_id for ring in some)), Column(
-        "shuffled renders", some, shuffled=True))
+    columns = (Column("generated", drawn, drawn=True, rendered=rendered),
+               Column("true renders", held_out, measured=frozenset(ring.asset_id for ring in some)),
+               Column("shuffled renders", some, shuffled=True))
     measured = judge.fingerprint + f"{MEASURED} {options.num_views} {options.clip}".encode()
     asked = sha256(measured).hexdigest()[:8]  # another judge's figures are not taken over
     scores = {column.name: score_column(column, judge_of, options.num_views,
