@@ -156,7 +156,7 @@ def test_a_denoiser_trains_on_the_elevations_that_are_asked_for(options, tmp_pat
     command = [*options["denoiser"], "--renders", str(renders), "--steps", "1", "--elevations"]
     main([*command, "20", "--run", str(tmp_path / "run")])
     assert ", 3 rings of 4 views" in capsys.readouterr().out  # of six: the second of each is seen from elsewhere
-    with pytest.raises(ValueError, match=r"elevations must be among those of the rings, .*20.*, got \[45.0\]"):
+    with pytest.raises(SystemExit, match=r"elevations must be among those of the rings, .*20.*, got \[45.0\]"):
         main([*command, "45", "--run", str(tmp_path / "other")])
 
 
@@ -202,7 +202,7 @@ def test_a_start_keeps_the_modules_that_the_preset_has_not(options, tmp_path):
 
 
 def test_a_start_without_a_pipeline_is_refused(options, tmp_path):
-    with pytest.raises(ValueError, match="start must be a pipeline's folder.*nowhere"):
+    with pytest.raises(SystemExit, match="start must be a pipeline's folder.*nowhere"):
         main([*options["denoiser"], "--run", str(tmp_path / "run"), "--steps", "1", "--start", "nowhere"])
 
 
@@ -213,7 +213,7 @@ def test_a_start_of_another_shape_is_refused(options, finished, tmp_path):
     weights = load_file(file)
     weights.pop(next(iter(weights)))
     save_file(weights, file)
-    with pytest.raises(ValueError, match="start must be a pipeline"):
+    with pytest.raises(SystemExit, match="start must be a pipeline"):
         main([*options["denoiser"], "--run", str(tmp_path / "run"), "--steps", "1", "--start", str(start)])
 
 

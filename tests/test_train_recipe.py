@@ -163,7 +163,7 @@ def test_a_new_budget_where_renders_and_the_autoencoder_s_run_stayed_behind_goes
 
 
 def test_another_autoencoder_than_the_denoiser_s_is_refused(assets, finished, pipeline_folder):
-    with pytest.raises(ValueError, match="autoencoder must be the one whose latents"):
+    with pytest.raises(SystemExit, match="autoencoder must be the one whose latents"):
         main(["all", "--assets", str(assets), "--run", str(finished[0]), *TINY,
               "--autoencoder", str(pipeline_folder / "vae")])
 
@@ -215,7 +215,7 @@ def test_an_error_while_rendering_beside_is_raised_and_not_waited_out():
 def test_a_budget_that_is_over_ends_the_recipe_without_a_checkpoint_and_the_next_one_goes_on(assets, tmp_path, capsys):
     command = ["all", "--assets", str(assets), "--run", str(tmp_path / "run"), *TINY, "--steps", "1", "--prompts", "0"]
     began = time.perf_counter()
-    with pytest.raises(ValueError, match="minutes must leave time"):
+    with pytest.raises(SystemExit, match="minutes must leave time"):
         main([*command, "--minutes", "0.0001"])
     assert time.perf_counter() - began < 30
     main(command)
