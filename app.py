@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import spaces  # noqa: I001  (before torch: on ZeroGPU it must be the first to touch CUDA)
 
 import argparse
+import inspect
 import tempfile
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from desk import Desk, something_ready, status_line
 EXAMPLES = Path(__file__).parent / "examples" / "gallery"
 CSS = Path(__file__).with_name("app.css")
 DEFAULTS = GenerationRequest(prompt="a red barrel")
+INPUTS = tuple(inspect.signature(Desk.generate).parameters)[1:]
 ASSET = AssetOptions()
 ASK = "What shall it be? For example: a red barrel, or a lantern on a barrel"
 MIXER_NAMES = {"adjacent": "Adjacent attention", "trajectory": "Trajectory attention",
@@ -62,13 +64,21 @@ OWN_VIEWS = """<p>All around one object, in even steps, the first from the front
 (alpha). In a zip with a <code>transforms.json</code> (NeRF convention) the cameras may be anywhere.</p>"""
 
 
-def gpu_seconds(prompt, num_views, guidance_scale, num_inference_steps, *_) -> int:
-    """What a run may take of ZeroGPU's time, in seconds; wrong values get the least, for they end at once."""
-    if not isinstance(num_views, (int, float)) or not isinstance(num_inference_steps, (int, float)):
+def gpu_seconds(*inputs) -> int:
+    """What a run may take of ZeroGPU's time, in seconds; wrong values get the least, for they end at once.
+
+    inputs: the first so many of what `Desk.generate` takes.
+    """
+    asked = dict(zip(INPUTS, inputs))
+    prompt, num_views, steps = (asked.get(name) for name in ("prompt", "num_views", "num_inference_steps"))
+    if not isinstance(num_views, (int, float)) or not isinstance(steps, (int, float)):
         return 10
     plan = scene_plan(prompt) if isinstance(prompt, str) else None
     drawings = len(plan.objects) if plan else 1
-    return int(max(10, min(60, 10 + 0.03 * num_views * num_inference_steps * drawings)))
+    # a texture of 4096 pixels keeps the processor busy for 17 s of a core where one of 1024 takes 2
+    pixels = asked.get("texture_size")
+    texture = 18 * (pixels / max(TEXTURE_SIZES))**2 if pixels in TEXTURE_SIZES else 1
+    return int(max(10, min(60, 9 + texture + 0.03 * num_views * steps * drawings)))
 
 
 def setting_inputs(mixers: tuple[str, ...]) -> list[gr.components.Component]:

@@ -1,5 +1,6 @@
 """Truths about the app's API and its wiring, over HTTP; only the pipeline is not the real thing."""
 
+import inspect
 import os
 import re
 import tempfile
@@ -82,6 +83,14 @@ def test_gpu_time_is_asked_for_all_drawings_and_never_too_much():
     assert app.gpu_seconds("a red box on a blue box", 12, 4.0, 50) == 46
     assert app.gpu_seconds("a cat, a dog and a cow", 24, 4.0, 50) == app.gpu_seconds("a box", 999, 4.0, 999) == 60
     assert app.gpu_seconds("a red box", "many", 4.0, 50) == app.gpu_seconds(None, 4, 4.0, 1) == 10
+
+
+@pytest.mark.parametrize("texture_size, seconds", [(512, 16), (1024, 17), (4096, 34), (None, 17)])
+def test_gpu_time_is_asked_for_large_textures(texture_size, seconds):
+    inputs = inspect.signature(app.Desk.generate).parameters
+    asked = {"prompt": "a red box", "num_views": 12, "guidance_scale": 4.0, "num_inference_steps": 20,
+             "texture_size": texture_size}
+    assert app.gpu_seconds(*(asked.get(name) for name in list(inputs)[1:-1])) == seconds
 
 
 def test_the_endpoints_are_what_the_page_does(client):
