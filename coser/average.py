@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coser.latents import weights_hash
+from coser.models.unet import SAME_SHAPES, MultiviewUNet
 from coser.shards import TRAINING_STATE
 from coser.whole_files import fresh_folder
 
@@ -32,7 +33,8 @@ def average_unets(out: str | Path, shares: Mapping[Path, float]) -> None:
     shares: pipeline folder => its weight, more than 0; their sum may be anything. Computed in float32, written in the
     first one's dtypes. Training states stay behind. Raises ValueError, before anything is written, when there are
     fewer than two folders, `out` holds something already, a folder is no pipeline, a UNet is of another shape than the
-    first, or an autoencoder's latents are others: means of weights that speak of different latents are noise.
+    first or told otherwise by its config what to do with its weights, or an autoencoder's latents are others: means of
+    weights that speak of different latents are noise.
     """
     out, folders = Path(out), list(shares)
     if len(folders) < 2:
@@ -45,6 +47,12 @@ def average_unets(out: str | Path, shares: Mapping[Path, float]) -> None:
                 raise ValueError(f"every folder must be a pipeline's, with {file.as_posix()} in it, got {folder}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out must be new or empty, got {out}")
+    configs = {folder: MultiviewUNet.load_config(folder / "unet", local_files_only=True) for folder in folders}
+    for folder in folders[1:]:
+        for name in SAME_SHAPES:
+            values = [configs[f].get(name) for f in (folders[0], folder)]
+            if values[0] != values[1]:
+                raise ValueError(f"{folder} must have {folders[0]}'s {name}, {values[0]}, got {values[1]}")
     latents = weights_hash(folders[0] / "vae")
     for folder in folders[1:]:
         if weights_hash(folder / "vae") != latents:

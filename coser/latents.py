@@ -83,6 +83,12 @@ def latent_size(ring: Ring) -> int:
         return file.get_slice("rgba").get_shape()[-1] // 16
 
 
+def ring_length(ring: Ring) -> int:
+    """How many views a ring has."""
+    with safe_open(ring.path, "pt") as file:
+        return file.get_slice("rgba").get_shape()[0]
+
+
 def same_weights(one: Path, other: Path) -> bool:
     """Whether two autoencoder folders hold the same weights, in half precision."""
     a, b = (load_file(f / "diffusion_pytorch_model.safetensors") for f in (one, other))

@@ -8,6 +8,8 @@ safetensors, no pickle.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +23,20 @@ class MasterOptimizer:
     lr is in AdamW's units for both parts (Muon's update is scaled to AdamW's root mean square, "Muon is Scalable for
     LLM Training", section 2.2). ema_decay: the average's decay, reached by warming up as (1 + step) / (10 + step).
     clip: largest norm of the whole gradient. use_muon=False: AdamW for all. peers: the processes that make the same
-    steps, each of which orthogonalises a part of the matrices for all.
+    steps, each of which orthogonalises a part of the matrices for all. start: weights, by their names, of which the
+    model's own are a rounded copy; masters without one begin at the model's.
     """
 
     def __init__(self, model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.01, ema_decay: float = 0.999,
-                 clip: float = 1.0, use_muon: bool = True, peers: Peers = Peers()):
+                 clip: float = 1.0, use_muon: bool = True, peers: Peers = Peers(),
+                 start: Mapping[str, Tensor] = MappingProxyType({})):
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.names = [n for n, _ in named]
         self.params = [p for _, p in named]
         self.lr, self.ema_decay, self.clip, self.steps = lr, ema_decay, clip, 0
         is_matrix = [p.ndim >= 2 and min(p.shape[0], p[0].numel()) >= 8 for p in self.params]
-        self.masters = [self._master(p, m) for p, m in zip(self.params, is_matrix)]
+        exact = [start[n].to(p.device) if n in start else p for n, p in named]
+        self.masters = [self._master(p, m) for p, m in zip(exact, is_matrix)]
         self.ema = [m.clone() for m in self.masters]
         muon = [m for m, matrix in zip(self.masters, is_matrix) if matrix and use_muon]
         rest = [m for m, matrix in zip(self.masters, is_matrix) if not (matrix and use_muon)]
@@ -50,7 +55,10 @@ class MasterOptimizer:
     def step(self, lr_scale: float = 1.0) -> float:
         """One update from the parameters' gradients (which it clears) at lr * lr_scale; returns the gradient's norm."""
         for p, master in zip(self.params, self.masters):
-            master.grad = torch.zeros_like(master) if p.grad is None else p.grad.float().reshape(master.shape)
+            if p.grad is None:
+                master.grad = torch.zeros_like(master)
+            else:  # a fused AdamW walks through memory: kernels of channels_last models would meet other weights there
+                master.grad = p.grad.float().contiguous().reshape(master.shape)
             p.grad = None
         norm = nn.utils.clip_grad_norm_(self.masters, self.clip)
         for optimizer in self.optimizers:
@@ -189,6 +197,6 @@ def schedule(progress: float, step: int, warmup: int = 100, decay_from: float = 
 
     Linear warm-up over `warmup` steps, flat, linear from `decay_from` of the run to `floor`.
     """
-    warm = min(1.0, (step + 1) / warmup)
+    warm = min(1.0, (step + 1) / max(warmup, 1))
     fall = 1.0 if progress <= decay_from else 1 - (1 - floor) * min(1.0, (progress - decay_from) / (1 - decay_from))
     return warm * fall

@@ -129,6 +129,8 @@ class CoSERPipeline(DiffusionPipeline):
         embeds = self.encode_prompt([negative_prompt, prompt] if guided else [prompt])
         cameras = Cameras.orbit(num_views, elevation).to(self._execution_device)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(0)  # of more than 500 steps two have one timestep, which tells no index
         latents = self.prepare_latents(num_views, generator, latents)
         timesteps = self.scheduler.timesteps
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters

@@ -54,11 +54,12 @@ class RecipeRenders:
         if not self.held_out_made():
             render_assets(self.held_out_assets, self.held_out, 1, min(HELD_OUT_VIEWS, self.num_views), **sizes)
         if not is_rendered(self.assets, self.rings, self.train):
+            (self.train / REPAINTED).unlink(missing_ok=True)  # copies of those that join now are lacking
             render_assets(self.assets, self.train, self.rings, self.num_views, **sizes)
         if self.scenes and time.perf_counter() < until:
             render_assets(self._scenes(), self.train, self.rings, self.num_views, **sizes)
         if not are_stretched(self.assets, self.stretched, self.train) and time.perf_counter() < until:
-            (self.train / REPAINTED).unlink(missing_ok=True)  # copies of those that join now are lacking
+            (self.train / REPAINTED).unlink(missing_ok=True)
             render_stretched(self.assets, self.train, self.stretched, num_views=self.num_views, **sizes)
         if self.repainted and self._copies() is None and time.perf_counter() < until:
             copies = recolor_rings(self.train, rings=tuple(range(self.rings)))

@@ -20,9 +20,8 @@ from coser.train_loop import Budget, Options
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options, loop = parse(arguments)
     try:
-        choose_device(options.device)
+        options, loop = parse(arguments)
         options.run_verb(options, loop)
     except (ValueError, OSError) as error:
         sys.exit(f"coser: {error}")
@@ -44,6 +43,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Options]:
     train_recipe.add_options(verb)
     verb.set_defaults(processor_time=False, run_verb=lambda options, loop: train_recipe.run(options, loop, parse))
     options = parser.parse_args(arguments)
+    choose_device(options.device)
     options.dtype = str(dtype_asked_for(options)).removeprefix("torch.")
     if options.steps is None and options.minutes is None:
         parser.error("give --steps or --minutes: a run without an end has no learning-rate schedule")

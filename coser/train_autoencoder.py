@@ -135,6 +135,7 @@ def train(options: argparse.Namespace, loop: Options, peers: Peers) -> None:
         start = load_file(options.start / "diffusion_pytorch_model.safetensors")
         started = ViewAutoencoder.load_config(options.start)
         model.load_shallower(start, tuple(started["decoder_blocks"]))
+    exact = {name: p.detach().clone() for name, p in model.named_parameters()} if options.start else {}
     model = model.to(options.device, getattr(torch, options.dtype), memory_format=torch.channels_last)
     if options.freeze_encoder:
         if not options.start:
@@ -142,7 +143,7 @@ def train(options: argparse.Namespace, loop: Options, peers: Peers) -> None:
         model.encoder.requires_grad_(False)
         model.register_to_config(latent_mean=started["latent_mean"], latent_std=started["latent_std"])
     lr = learning_rate(preset, options.muon, options.lr)
-    optimizer = MasterOptimizer(model, lr=lr, use_muon=options.muon, peers=peers)
+    optimizer = MasterOptimizer(model, lr=lr, use_muon=options.muon, peers=peers, start=exact)
 
     def rings_so_far() -> list[Ring]:
         return list_rings(options.renders, options.limit)

@@ -9,6 +9,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,16 +17,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from coser.auxiliary_losses import Overheard, depths_of, dispersive_loss
+from coser.average import UNET
 from coser.caption_states import CaptionStates, captions_of, encode_captions
-from coser.data.dataset import LatentRings, Prefetched, Ring, RingBatch, list_rings, step_generator
+from coser.data.dataset import (LatentRings, Prefetched, Ring, RingBatch, check_view_counts, list_rings,
+                                step_generator)
 from coser.flow import LEVELS, TRAINING_SHIFT, WEIGHTINGS, flow_loss, level_weights, noise_levels, small_scheduler
 from coser.held_out_loss import held_out_losses
-from coser.latents import encode_rings, encoded_rings, latent_size
+from coser.latents import encode_rings, encoded_rings, latent_size, ring_length
 from coser.models.autoencoder import ViewAutoencoder
 from coser.models.block import MIXERS, NEEDS_WEIGHTS, MultiviewTransformerBlock
 from coser.models.resnet import ResnetBlock
 from coser.models.text_encoder import SentenceTextEncoder, load_tokenizer
-from coser.models.unet import MultiviewUNet
+from coser.models.unet import SAME_SHAPES, MultiviewUNet
 from coser.optimizer import MasterOptimizer, learning_rate
 from coser.peers import Peers, train_together
 from coser.pipeline import CoSERPipeline, PromptEmbeds
@@ -139,8 +142,8 @@ def small_pipeline(options: argparse.Namespace, vae: ViewAutoencoder | None, siz
     model = PRESETS[options.preset]["model"]
     latent = {} if vae is None else dict.fromkeys(("in_channels", "out_channels"), vae.config.latent_channels)
     two_d = model["unet"] | options.model.get("unet", {}) | latent | {"sample_size": size}
-    mixers = {"mixers": mixers_to_go_on_with(options.start)} if options.start else {}
-    unet = MultiviewUNet(**model | mixers | options.model | {"unet": two_d})
+    started = config_to_go_on_with(options.start) if options.start else {}
+    unet = MultiviewUNet(**model | started | options.model | {"unet": two_d})
     if options.start:
         start_from(unet, options.start)
     unet = unet.to(options.device, dtype, memory_format=torch.channels_last)
@@ -224,7 +227,9 @@ def train(options: argparse.Namespace, loop: Options, peers: Peers) -> None:
     preset = PRESETS[options.preset]
     torch.manual_seed(options.seed)
     stored_vae, vae = load_autoencoder(options)
-    pipeline = small_pipeline(options, vae, latent_size(list_rings(options.renders)[0]))
+    first = list_rings(options.renders)[0]
+    check_view_counts(view_counts_of(options, ring_length(first)), ring_length(first))  # before hours of encoding
+    pipeline = small_pipeline(options, vae, latent_size(first))
     encode_together(options, vae, peers)
     with peers.first_goes_ahead():
         unet, data = pipeline.unet, prepare(options, pipeline)
@@ -236,7 +241,8 @@ def train(options: argparse.Namespace, loop: Options, peers: Peers) -> None:
                           depths_of(rings) if options.correspondence else None, peers.size, options.balance)
     overheard = Overheard(unet) if options.correspondence or options.dispersion else None
     lr = learning_rate(preset, options.muon, options.lr)
-    optimizer = MasterOptimizer(unet, lr=lr, ema_decay=options.ema, use_muon=options.muon, peers=peers)
+    optimizer = MasterOptimizer(unet, lr=lr, ema_decay=options.ema, use_muon=options.muon, peers=peers,
+                                start=load_file(options.start / UNET) if options.start else {})
     if options.compile:
         compile_parts(unet)
     say = functools.partial(print, flush=True) if peers.first else lambda line: None
@@ -318,16 +324,18 @@ def sample_flop(meter: Throughput, unet: MultiviewUNet, batch: RingBatch, embeds
     return meter.flop_once((len(batch.cameras), mixers), work)
 
 
-def mixers_to_go_on_with(folder: Path) -> tuple[str, ...]:
-    """The method's own and any others that the pipeline in `folder` has, so that all of its weights have their place.
+def config_to_go_on_with(folder: Path) -> dict[str, Any]:
+    """What of the config of the pipeline's UNet in `folder` goes on with its weights.
 
-    Raises ValueError when there is no pipeline.
+    mixers: the method's own and any others that it has, so that all of its weights have their place. And what no
+    weight's shape tells, as SAME_SHAPES. Raises ValueError when there is no pipeline.
     """
     try:
         config = MultiviewUNet.load_config(folder / "unet", local_files_only=True)
     except OSError as error:
         raise ValueError(f"start must be a pipeline's folder, with unet/config.json in it, got {folder}") from error
-    return tuple(dict.fromkeys((*MIXERS, *config.get("mixers", ()))))
+    same = {name: config[name] for name in SAME_SHAPES if name in config}
+    return same | {"mixers": tuple(dict.fromkeys((*MIXERS, *config.get("mixers", ()))))}
 
 
 def start_from(unet: MultiviewUNet, folder: Path) -> None:
@@ -338,7 +346,7 @@ def start_from(unet: MultiviewUNet, folder: Path) -> None:
     """
     refusal = f"start must be a pipeline whose UNet is of the preset's shape, got {folder}"
     try:
-        found = unet.load_state_dict(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"), strict=False)
+        found = unet.load_state_dict(load_file(folder / UNET), strict=False)
     except RuntimeError as error:  # torch names the weights that differ
         raise ValueError(refusal) from error
     lacking = [name for name in found.missing_keys if not set(name.split(".")) & set(NEEDS_WEIGHTS)]

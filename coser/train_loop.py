@@ -37,6 +37,10 @@ class Budget:
     def __post_init__(self):
         if self.steps is None and self.minutes is None and self.until is None:
             raise ValueError("steps or minutes must be given, got neither: a run without an end has no schedule")
+        for name in ("steps", "minutes"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be more than 0, got {value}")
 
     def progress(self, step: int, seconds: float, ending: float = 0.0) -> float:
         """How much of the run is over, 0 to 1; depends on the clock only when `minutes` or `until` is given.
@@ -65,6 +69,13 @@ class Options:
     warmup: int = 100
     decay_from: float = 0.6
     save_minutes: float | None = None
+
+    def __post_init__(self):
+        for name in ("save_every", "log_every", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup must be at least 0, got {self.warmup}")
 
 
 class Meter(Protocol):

@@ -119,6 +119,13 @@ def fewer_weights(pipelines, tmp_path):
     return [str(pipelines / "a"), str(few)]
 
 
+def another_scan(pipelines, tmp_path):
+    shutil.copytree(pipelines / "a", tmp_path / "raster")
+    file = tmp_path / "raster" / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scan_order": "raster"}))
+    return [str(pipelines / "a"), str(tmp_path / "raster")]
+
+
 def other_latents(pipelines, tmp_path):
     def nudge(weights):
         name = next(n for n in weights if n.startswith("encoder."))
@@ -132,6 +139,7 @@ def other_latents(pipelines, tmp_path):
     (one_folder, r"two pipeline folders or more, got 1"), (twice, r"a folder may be given once"),
     (negative, r"weight must be more than 0, got -1 for"), (not_a_number, r"weight must be more than 0, got nan for"),
     (another_shape, r"unet2d.conv_in.bias is \[\d+\] there, got \[99\]"),
+    (another_scan, r"raster must have .*'s scan_order, spiral, got raster"),
     (fewer_weights, r"unet2d.conv_in.bias is .* got none"),
     (other_latents, r"must have .*'s latents, but its autoencoder's encoder is another"),
 ])

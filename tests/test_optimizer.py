@@ -73,14 +73,21 @@ def test_matrices_taken_together_move_as_torch_s_muon_moves_them(dtype, toleranc
         assert float((a - b).norm() / (a - old).norm()) < tolerance
 
 
-def test_adamw_alone_equals_torch_s_adamw():
+def few_channels():
+    """A kernel that is no matrix, channels_last: AdamW's, whose fused steps walk through memory."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("model", [model, few_channels])
+def test_adamw_alone_equals_torch_s_adamw(model):
     ours, theirs = model(), model()
     optimizer = MasterOptimizer(ours, lr=0.01, use_muon=False, clip=1e9)
     reference = torch.optim.AdamW(theirs.parameters(), lr=0.01, betas=(0.9, 0.99), weight_decay=0.0)
     for step in range(3):
         x = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(step))
         for net in (ours, theirs):
-            net(x).square().mean().backward()
+            net(x.to(memory_format=torch.channels_last)).square().mean().backward()
         optimizer.step()
         reference.step()
         reference.zero_grad()
@@ -97,6 +104,13 @@ def test_updates_too_small_for_bfloat16_still_add_up_in_the_masters():
         optimizer.step()
     torch.testing.assert_close(optimizer.masters[0], torch.tensor([[0.99]]), atol=1e-4, rtol=0)
     assert net.weight.item() == pytest.approx(0.99, abs=0.004)
+
+
+def test_masters_begin_at_the_weights_that_a_rounded_model_was_made_of():
+    exact = {name: weight.detach().clone() for name, weight in model().named_parameters()}
+    optimizer = MasterOptimizer(model(dtype=torch.bfloat16), start=exact | {"of another": torch.zeros(1)})
+    for name, master in zip(optimizer.names, optimizer.masters):
+        assert torch.equal(master.reshape(exact[name].shape), exact[name])
 
 
 def test_the_average_follows_its_formula():
@@ -168,6 +182,10 @@ def test_each_optimiser_has_a_rate_of_its_own_unless_one_is_asked_for(module):
     for preset in module.PRESETS.values():
         assert learning_rate(preset, muon=False) == preset["lr"] < learning_rate(preset, muon=True)
         assert learning_rate(preset, muon=True, asked=0.5) == learning_rate(preset, muon=False, asked=0.5) == 0.5
+
+
+def test_no_warm_up_starts_at_the_full_rate():
+    assert schedule(0.0, 0, warmup=0) == 1
 
 
 def test_the_rate_warms_up_stays_and_falls():

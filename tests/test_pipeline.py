@@ -88,6 +88,16 @@ def test_at_the_last_step_the_final_latents_are_the_denoised_ones(pipeline, num_
     torch.testing.assert_close(last.denoised, last.latents, rtol=1e-4, atol=1e-4)
 
 
+def test_steps_of_one_rounded_timestep_have_noise_levels_of_their_own(pipeline, monkeypatch):
+    """Of more than 500 steps the first two have the timestep 999."""
+    monkeypatch.setattr(pipeline, "_predict", lambda latents, *others: latents[None])
+    monkeypatch.setattr(pipeline, "latents_to_views", lambda latents, preview=False: None)
+    streamed = list(pipeline.stream(PROMPT, num_views=4, guidance_scale=1.0, num_inference_steps=501))
+    assert pipeline.scheduler.timesteps[0] == pipeline.scheduler.timesteps[1]
+    assert [step.index for step in streamed] == list(range(1, 502))
+    assert torch.equal(streamed[-1].latents, streamed[-1].denoised)
+
+
 def test_a_prompt_changes_the_views_and_a_negative_prompt_too(pipeline):
     plain, other = draw(pipeline), pipeline("a green tree", num_views=4, num_inference_steps=2,
                                             generator=torch.Generator().manual_seed(0))

@@ -70,6 +70,14 @@ def test_stretched_copies_that_join_later_are_repainted_too(assets, tmp_path):
     assert later.figures()["of"] == later.count()
 
 
+def test_rings_that_join_later_are_repainted_too(assets, tmp_path):
+    RecipeRenders(tmp_path, assets, repainted=True, **SIZES).make("cpu", 1, math.inf)
+    later = RecipeRenders(tmp_path, assets, rings=2, repainted=True, **SIZES)
+    later.make("cpu", 1, math.inf)
+    second = [r.path.stem for r in list_rings(later.train) if is_repainted(r.asset_id) and r.path.stem[-2:] == "-1"]
+    assert second and later.made() and later.figures()["of"] == later.count()
+
+
 def test_when_the_time_is_over_nothing_is_begun_and_the_next_call_goes_on(assets, tmp_path):
     renders = RecipeRenders(tmp_path, assets, scenes=2, repainted=True, stretched=2, **SIZES)
     renders.make("cpu", 1, time.perf_counter())

@@ -85,6 +85,8 @@ def test_half_covered_pixels_keep_their_coverage():
     ("a barrel", None),  # says nothing of its colour: it would teach that barrels have any
     ("a redwood barrel", None),
     ("a red and crimson barrel", None),
+    ("a red barrel with pink hoops", None),  # which are repainted with it
+    ("a red barrel with teal hoops", "an orange barrel with teal hoops"),
     ("a reddish barrel with red hoops", None),
 ])
 def test_rewritten_captions(caption, expected):
@@ -108,6 +110,14 @@ def test_copies_are_assets_of_their_own(tmp_path):
     before = {p: p.read_bytes() for p in folder.iterdir()}
     assert recolor_rings(folder, seed=1) == written
     assert {p: p.read_bytes() for p in folder.iterdir()} == before, "a second call changes nothing"
+
+
+def test_a_copy_s_name_keeps_no_stuff_of_another_colour(tmp_path):
+    rows = [row("a") | {"object": "red leather barrel"}, row("b", "blue")]
+    folder = write_renders(tmp_path / "renders", rows, b=two_toned((40, 60, 200)))
+    assert "a~blue" in recolor_rings(folder)
+    copy = next(r for r in list_rings(folder) if r.asset_id == "a~blue")
+    assert copy.object == "barrel" and "a blue barrel" in copy.short_captions
 
 
 def test_copies_make_no_kind_common(tmp_path):

@@ -187,6 +187,27 @@ def test_a_denoiser_starts_from_the_weights_it_is_given(options, finished, tmp_p
     assert all(torch.allclose(weights[0][k], weights[1][k], rtol=1e-3, atol=1e-6) for k in weights[0])
 
 
+def test_a_start_s_masters_are_not_rounded_to_what_it_computes_in(options, finished, tmp_path):
+    """At a rate of nothing the weights that are saved are those it started from, to the last bit of their float16."""
+    start = checkpoints(finished("denoiser"))[-1]
+    command = [*options["denoiser"], "--dtype", "bfloat16", "--run", str(tmp_path / "run"), "--steps", "1"]
+    main([*command, "--start", str(start), "--lr", "1e-20"])
+    before, after = (load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+                     for folder in (start, checkpoints(tmp_path / "run")[-1]))
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_start_goes_on_scanning_and_pooling_as_it_did(options, tmp_path):
+    """No weight's shape tells how: a preset's way would make another function of the same weights."""
+    other = {"scan_order": "raster", "pool_window": 4, "trajectory_radius": 1.0}
+    start, onwards = tmp_path / "start", tmp_path / "onwards"
+    main([*options["denoiser"], "--run", str(start), "--steps", "1", "--model", json.dumps(other)])
+    main([*options["denoiser"], "--run", str(onwards), "--steps", "1", "--start", str(start / "checkpoint-1"),
+          "--model", json.dumps({"pool_window": 2})])
+    config = MultiviewUNet.load_config(onwards / "checkpoint-1" / "unet")
+    assert {name: config[name] for name in other} == other | {"pool_window": 2}, "unless told otherwise"
+
+
 def test_a_start_keeps_the_modules_that_the_preset_has_not(options, tmp_path):
     """As the shipped checkpoint does, which has five."""
     mixers = ["adjacent", "temporal"]
@@ -263,6 +284,28 @@ def test_the_earlier_of_steps_and_minutes_ends_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(train_loop.time, "perf_counter", Clock())
     assert toy_run(tmp_path / "steps", Budget(steps=7, minutes=60)) == 7
     assert toy_run(tmp_path / "minutes", Budget(steps=1000, minutes=0.2)) < 13
+
+
+@pytest.mark.parametrize("wrong, named", [
+    (["--steps", "0"], "steps must be more than 0, got 0"), (["--minutes", "-1"], "minutes must be more than 0"),
+    (["--steps", "1", "--log-every", "0"], "log_every must be at least 1, got 0"),
+    (["--steps", "1", "--save-every", "0"], "save_every must be at least 1"),
+    (["--steps", "1", "--evaluate-every", "-2"], "evaluate_every must be at least 1"),
+    (["--steps", "1", "--warmup", "-1"], "warmup must be at least 0"),
+    (["--steps", "1", "--device", "tpu"], "device must be .*tpu"),
+])
+def test_numbers_and_devices_that_lead_nowhere_are_refused_before_anything_is_read(options, tmp_path, wrong, named):
+    with pytest.raises(SystemExit, match=f"coser: {named}"):
+        main([*options["autoencoder"], "--renders", "nowhere", "--run", str(tmp_path / "run"), *wrong])
+    assert not (tmp_path / "run").exists()
+
+
+def test_view_counts_are_looked_at_before_anything_is_encoded(options, tmp_path):
+    renders, _ = write_renders(tmp_path)
+    with pytest.raises(SystemExit, match="coser: view_counts must divide the 4 rendered views of a ring, got .3."):
+        main([*options["denoiser"], "--renders", str(renders), "--run", str(tmp_path / "run"), "--steps", "1",
+              "--view-counts", "3"])
+    assert not (renders / "latents").exists()
 
 
 def test_a_run_without_an_end_is_refused(options, tmp_path, capsys):

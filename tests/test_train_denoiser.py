@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from coser.cameras import Cameras
 from coser.caption_states import encode_captions
-from coser.data.dataset import RingBatch, list_rings, mirror_views
+from coser.data.dataset import RingBatch, check_view_counts, list_rings, mirror_views
 from coser.data.render import load_ring
 from coser.flow import LEVELS, SHIFT, TRAINING_SHIFT, flow_loss, noise_levels, small_scheduler
 from coser.latents import encode_rings
@@ -86,6 +86,12 @@ def test_ring_sizes_are_those_asked_for_or_the_usual_ones_that_divide_the_rings(
     assert [view_counts_of(usual, length) for length in (24, 12, 8)] == [(4, 6, 8, 12), (4, 6, 12), (4, 8)]
     assert view_counts_of(usual, 5) == (4, 6, 8, 12), "which is refused by name"
     assert view_counts_of(SimpleNamespace(preset="small", view_counts=[5]), 24) == (5,)
+
+
+@pytest.mark.parametrize("counts", [(5,), (4, 0), (-4,)])
+def test_ring_sizes_that_are_no_part_of_a_ring_are_refused(counts):
+    with pytest.raises(ValueError, match="view_counts must divide the 24 rendered views"):
+        check_view_counts(counts, 24)
 
 
 def test_mirror_images_have_latents_and_elevations_of_their_own(renders, pipeline, pipeline_folder, tmp_path):

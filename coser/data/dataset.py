@@ -222,6 +222,13 @@ class RingBatch:
     depths: Tensor | None = None
 
 
+def check_view_counts(view_counts: tuple[int, ...], ring_length: int) -> None:
+    """Raises ValueError unless rings of so many views, evenly spread, are part of one of `ring_length`."""
+    bad = [n for n in view_counts if n < 1 or ring_length % n]
+    if bad:
+        raise ValueError(f"view_counts must divide the {ring_length} rendered views of a ring, got {bad}")
+
+
 class LatentRings:
     """Latent rings of many assets, cached as one tensor a ring length and elevation; draws batches for the denoiser.
 
@@ -246,9 +253,7 @@ class LatentRings:
         self.weights = torch.tensor([counts[kind] ** -balance for kind in kinds], dtype=torch.float32)
         self.view_counts, self.views_per_batch, self.drop_text = view_counts, views_per_batch, drop_text
         self.ring_length = len(latents[0])
-        bad = [n for n in view_counts if self.ring_length % n]
-        if bad:
-            raise ValueError(f"view_counts must divide the {self.ring_length} rendered views of a ring, got {bad}")
+        check_view_counts(view_counts, self.ring_length)
 
     def __call__(self, step: int) -> RingBatch:
         generator = step_generator(self.seed, step)

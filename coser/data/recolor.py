@@ -30,6 +30,8 @@ from coser.whole_files import whole_file
 # Hue (degrees) that each word names, and where it ends: both sides of a peak are looked for within it.
 HUES = {"red": (340, 16), "orange": (14, 42), "brown": (8, 46), "gold": (34, 58), "yellow": (40, 70),
         "green": (70, 165), "teal": (155, 198), "blue": (192, 256), "purple": (252, 312), "pink": (305, 355)}
+MIDDLES = {w: (low + (high - low) % 360 / 2) % 360 for w, (low, high) in HUES.items()}
+MIDDLES |= {"tan": 35.0, "beige": 40.0, "cyan": 188.0}
 TARGETS = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink")
 # Words in a caption that name a colour, or a stuff that has one: a caption that keeps one of them is not taken over.
 OTHER_COLOR_WORDS = re.compile(
@@ -121,10 +123,16 @@ def repaint(rgba: Tensor, old: Paint, new: Paint) -> Tensor:
     return out
 
 
+def beside(color: str) -> set[str]:
+    """Other words for hues so near to a colour's that repainting it changes them, too."""
+    return {w for w in MIDDLES if w != color and hue_distance(MIDDLES[color], MIDDLES[w]) < 40}
+
+
 def rewrite(caption: str, old: str, new: str) -> str | None:
-    """The caption with the colour's word exchanged; None where it is not there or another word would contradict it."""
+    """The caption with the colour's word exchanged; None where it is not there or another word would contradict it:
+    one for a stuff, or for a hue beside the old one's, which is repainted with it."""
     changed, count = re.subn(rf"\b{old}\b", new, caption.lower())
-    if not count or OTHER_COLOR_WORDS.search(changed):
+    if not count or OTHER_COLOR_WORDS.search(changed) or (beside(old) - {new}) & set(re.findall(r"\w+", changed)):
         return None
     return re.sub(r"\b(an?)(?= (\w))", lambda m: "an" if m[2] in "aeiou" else "a", changed)
 
@@ -153,10 +161,7 @@ def _paintable(ring: Ring) -> bool:
     """Whether the main colour is one that can be exchanged, and no other named colour lies beside it."""
     if not ring.colors or ring.colors[0] not in HUES:
         return False
-    middle = {w: (low + (high - low) % 360 / 2) % 360 for w, (low, high) in HUES.items()}
-    middle |= {"tan": 35.0, "beige": 40.0, "cyan": 188.0}
-    main = ring.colors[0]
-    return all(hue_distance(middle[main], middle[w]) >= 40 for w in ring.colors[1:] if w in middle)
+    return not beside(ring.colors[0]) & set(ring.colors[1:])
 
 
 def recolor_rings(renders: Path, seed: int = 0, rings: tuple[int, ...] = (0, 1)) -> list[str]:
@@ -193,7 +198,7 @@ def recolor_rings(renders: Path, seed: int = 0, rings: tuple[int, ...] = (0, 1))
         if not captions:
             continue
         new_id = repainted_id(ring.asset_id, word)
-        name = re.sub(rf"\b({ring.colors[0]}|wooden|golden) ", "", ring.object)
+        name = re.sub(rf"\b({ring.colors[0]}|{OTHER_COLOR_WORDS.pattern}) ", "", ring.object)
         rows[new_id] = rows[ring.asset_id] | {"id": new_id, "captions": captions, "object": name,
                                               "colors": [word, *ring.colors[1:]]}
         path = renders / f"{new_id}-{ring.path.stem.rsplit('-', 1)[1]}.safetensors"

@@ -28,6 +28,8 @@ def camera_features(cameras: Cameras, absolute_azimuth: bool = True) -> Tensor:
     return torch.stack([azimuth.sin(), azimuth.cos(), *relative] if absolute_azimuth else relative, -1)
 
 
+# Of a config: what the same weights compute depends on it, and no weight's shape tells it.
+SAME_SHAPES = ("trajectory_window", "trajectory_radius", "scan_order", "scan_layout", "pool_window", "pool_scores")
 RAY_CHANNELS = 24
 HARMONICS = 4  # of the azimuth: a box looks the same after a half turn, a cross after a quarter
 
