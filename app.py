@@ -24,7 +24,7 @@ from coser.own_views import MOST
 from coser.pipeline import ELEVATIONS, NUM_VIEWS
 from coser.reconstruction.exports import FORMATS
 from coser.request import (COLORING, CONSISTENCY, GUIDANCE_RESCALE, GUIDANCE_SCALE, LONGEST_SIDE, MAX_FACES,
-                           NUM_INFERENCE_STEPS, ORIGINS, SEED, SKIP_GUIDANCE_SCALE, SYMMETRY, TEXTURE_SIZES,
+                           NUM_INFERENCE_STEPS, ORIGINS, REDRAW, SEED, SKIP_GUIDANCE_SCALE, SYMMETRY, TEXTURE_SIZES,
                            AssetOptions, GenerationRequest)
 from coser.scene_prompts import scene_plan
 from coser.sessions import KEPT_SECONDS
@@ -69,16 +69,17 @@ def gpu_seconds(*inputs) -> int:
 
     inputs: the first so many of what `Desk.generate` takes.
     """
-    asked = dict(zip(INPUTS, inputs))
-    prompt, num_views, steps = (asked.get(name) for name in ("prompt", "num_views", "num_inference_steps"))
-    if not isinstance(num_views, (int, float)) or not isinstance(steps, (int, float)):
+    asked = {"redraw": DEFAULTS.redraw} | dict(zip(INPUTS, inputs))
+    prompt, *numbers = (asked.get(name) for name in ("prompt", "num_views", "num_inference_steps", "redraw"))
+    if not all(isinstance(number, (int, float)) for number in numbers):
         return 10
+    num_views, steps, redraw = numbers
     plan = scene_plan(prompt) if isinstance(prompt, str) else None
     drawings = len(plan.objects) if plan else 1
     # a texture of 4096 pixels keeps the processor busy for 17 s of a core where one of 1024 takes 2
     pixels = asked.get("texture_size")
     texture = 18 * (pixels / max(TEXTURE_SIZES))**2 if pixels in TEXTURE_SIZES else 1
-    return int(max(10, min(60, 9 + texture + 0.03 * num_views * steps * drawings)))
+    return int(max(10, min(60, 9 + texture + 0.03 * num_views * steps * (1 + redraw) * drawings)))
 
 
 def setting_inputs(mixers: tuple[str, ...]) -> list[gr.components.Component]:
@@ -98,7 +99,10 @@ def setting_inputs(mixers: tuple[str, ...]) -> list[gr.components.Component]:
         guidance_rescale = gr.Slider(*GUIDANCE_RESCALE, DEFAULTS.guidance_rescale, step=0.1, label="Guidance rescale",
                                      info="true colours", elem_id="guidance-rescale")
         skip_guidance_scale = gr.Slider(*SKIP_GUIDANCE_SCALE, DEFAULTS.skip_guidance_scale, step=0.5,
-                                        label="Skip guidance", info="tidier objects", elem_id="skip-guidance-scale")
+                                        label="Skip guidance", info="views heed each other",
+                                        elem_id="skip-guidance-scale")
+        redraw = gr.Slider(*REDRAW, DEFAULTS.redraw, step=0.05, label="Redraw", info="tidier, slower",
+                           elem_id="redraw")
         symmetry = gr.Dropdown([(SYMMETRY_NAMES[name], name) for name in SYMMETRY], value=DEFAULTS.symmetry,
                                label="Symmetry", info="sides that shall be alike", elem_id="symmetry")
     with gr.Row():
@@ -112,7 +116,7 @@ def setting_inputs(mixers: tuple[str, ...]) -> list[gr.components.Component]:
                              info="same seed, same object", elem_id="seed")
             randomize = gr.Checkbox(True, label="New seed every time", container=False, elem_id="randomize-seed")
     return [num_views, guidance_scale, steps, elevation, seed, randomize, consistency, modules, symmetry, one_by_one,
-            guidance_rescale, skip_guidance_scale]
+            guidance_rescale, skip_guidance_scale, redraw]
 
 
 def asset_inputs() -> list[gr.components.Component]:

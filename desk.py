@@ -41,11 +41,11 @@ class Desk:
         return session_folder(self.root, request.session_hash or "")
 
     def begin(self, prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed,
-              consistency, mixers, symmetry, one_by_one, guidance_rescale, skip_guidance_scale, max_faces, texture_size,
-              coloring, origin, longest_side, request: gr.Request):
+              consistency, mixers, symmetry, one_by_one, guidance_rescale, skip_guidance_scale, redraw, max_faces,
+              texture_size, coloring, origin, longest_side, request: gr.Request):
         """Check a prompt's values at once, before any waiting; then clear the stage and turn the buttons round."""
         checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed, consistency,
-                mixers, symmetry, one_by_one, guidance_rescale, skip_guidance_scale)
+                mixers, symmetry, one_by_one, guidance_rescale, skip_guidance_scale, redraw)
         checked_asset(max_faces, texture_size, coloring, origin, longest_side)
         return self._enter_with_an_empty_stage(request)
 
@@ -82,8 +82,8 @@ class Desk:
 
     def generate(self, prompt: str, num_views: int, guidance_scale: float, num_inference_steps: int, elevation: float,
                  seed: int, randomize_seed: bool, consistency: float, mixers: list[str],
-                 symmetry: str, one_by_one: bool, guidance_rescale: float, skip_guidance_scale: float, max_faces: int,
-                 texture_size: int, coloring: str, origin: str, longest_side: float,
+                 symmetry: str, one_by_one: bool, guidance_rescale: float, skip_guidance_scale: float, redraw: float,
+                 max_faces: int, texture_size: int, coloring: str, origin: str, longest_side: float,
                  request: gr.Request) -> Iterator[tuple]:
         """Text to 3D: streams (views picture, status, seed, GLB or nothing yet), an item a denoising step.
 
@@ -95,12 +95,13 @@ class Desk:
         one_by_one: objects of a prompt for several ("a lantern on a barrel") are drawn one by one and put together.
         guidance_rescale: 0 to 1, how much of what guidance does to brightness and contrast is taken back.
         skip_guidance_scale: 0 to 6, how far views move away from what each would show by itself.
+        redraw: 0 to 0.9, the share of the steps that is taken once more, from the finished views noised again.
         max_faces: 500 to 200000. texture_size: 512, 1024, 2048 or 4096. coloring: texture or vertices. origin: feet
         or center. longest_side: 0.01 to 100 metres.
         """
         asked = checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed,
                         consistency, mixers, symmetry, one_by_one, guidance_rescale,
-                        skip_guidance_scale).with_drawn_seed()
+                        skip_guidance_scale, redraw).with_drawn_seed()
         options = checked_asset(max_faces, texture_size, coloring, origin, longest_side)
         name = file_name(asked.prompt, asked.seed)
         for views, update in self._work(request, lambda run, stop: self.studio.generate(asked, run / name, stop,
@@ -205,7 +206,7 @@ class Desk:
                    "Generate draws it now.")
         return (asked.prompt, asked.num_views, asked.guidance_scale, asked.num_inference_steps, asked.elevation,
                 asked.seed, False, asked.consistency, list(self.studio.mixers_for(asked)), asked.symmetry,
-                asked.one_by_one, asked.guidance_rescale, asked.skip_guidance_scale,
+                asked.one_by_one, asked.guidance_rescale, asked.skip_guidance_scale, asked.redraw,
                 status_line("example", message), str(example.views), on_stage(str(example.glb)),
                 gr.DownloadButton(value=str(example.glb), interactive=True), nothing_ready(), mesh_shown(False),
                 *[gr.Button(interactive=False)] * 2)
@@ -264,7 +265,7 @@ def told(error: Exception) -> gr.Error:
 
 
 def checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed, randomize_seed, consistency,
-            mixers, symmetry, one_by_one, guidance_rescale, skip_guidance_scale) -> GenerationRequest:
+            mixers, symmetry, one_by_one, guidance_rescale, skip_guidance_scale, redraw) -> GenerationRequest:
     """The page's values as a request; what is wrong with them becomes a message for the visitor."""
     if isinstance(prompt, str) and not prompt.strip():
         raise gr.Error("Type what to make first, for example: a red barrel. (prompt must not be empty)",
@@ -273,7 +274,7 @@ def checked(prompt, num_views, guidance_scale, num_inference_steps, elevation, s
         return GenerationRequest(prompt, num_views, guidance_scale, num_inference_steps, elevation, seed,
                                  randomize_seed, consistency, mixers=mixers, symmetry=symmetry,
                                  one_by_one=one_by_one, guidance_rescale=guidance_rescale,
-                                 skip_guidance_scale=skip_guidance_scale)
+                                 skip_guidance_scale=skip_guidance_scale, redraw=redraw)
     except ValueError as error:
         raise told(error) from error
 

@@ -108,6 +108,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--guidance-rescale", type=float, default=GUIDANCE_RESCALE)
     parser.add_argument("--skip-guidance-scale", type=float, default=0.0)
+    parser.add_argument("--redraw", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     add_dtype_option(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -117,7 +118,7 @@ def sampling_arguments(options: argparse.Namespace) -> dict[str, float]:
     """What `add_sampling_options` say to `CoSERPipeline`."""
     return dict(num_views=options.num_views, num_inference_steps=options.steps,
                 guidance_scale=options.guidance_scale, guidance_rescale=options.guidance_rescale,
-                skip_guidance_scale=options.skip_guidance_scale)
+                skip_guidance_scale=options.skip_guidance_scale, redraw=options.redraw)
 
 
 def load_pipeline(options: argparse.Namespace) -> CoSERPipeline:

@@ -315,8 +315,8 @@ def drawing_of(options: argparse.Namespace) -> dict[str, str]:
     weights = sha256()
     for path in sorted(options.checkpoint.rglob("*.safetensors")):
         weights.update(path.read_bytes())
-    chosen = ("num_views", "steps", "guidance_scale", "guidance_rescale", "skip_guidance_scale", "seed", "consistency",
-              "symmetry", "in_one_go")
+    chosen = ("num_views", "steps", "guidance_scale", "guidance_rescale", "skip_guidance_scale", "redraw", "seed",
+              "consistency", "symmetry", "in_one_go")
     return {"weights": weights.hexdigest()[:16]} | {name: str(getattr(options, name)) for name in chosen}
 
 

@@ -32,7 +32,7 @@ SYMMETRIC_UNTIL = 0.45
 class MultiviewStep:
     """One moment of a run.
 
-    index of total: denoising steps done. views: what `denoised` looks like now, a preview at a quarter of the side
+    index of total: denoising steps done, those of drawing anew among them. views: what `denoised` looks like now, a preview at a quarter of the side
     until the last step. latents [N,C,h,w]: the noisy state after this step. denoised [N,C,h,w]: the estimate of the
     clean latents.
     """
@@ -105,7 +105,7 @@ class CoSERPipeline(DiffusionPipeline):
                num_inference_steps: int = 20, negative_prompt: str = "", generator: torch.Generator | None = None,
                latents: Tensor | None = None, mixers: tuple[str, ...] | None = None,
                symmetry: tuple[str, ...] = (), guidance_rescale: float = 0.0, skip_guidance_scale: float = 0.0,
-               consistency: float = 0.0,
+               consistency: float = 0.0, redraw: float = 0.0,
                fuse: Callable[[ViewSet, Cameras], ViewSet] | None = None) -> Iterator[MultiviewStep]:
         """Denoises a ring of views and yields every step; the last one carries the finished views.
 
@@ -117,27 +117,32 @@ class CoSERPipeline(DiffusionPipeline):
         what guidance does to an estimate's brightness and contrast is taken back (see `rescaled`). skip_guidance_scale:
         >= 0, how far views move away from what each would show by itself (see `heeding`). consistency: 0..1; at some
         steps this share of the estimate is replaced by what `fuse` makes of its views: the views of one object, such as
-        `coser.consistency.fused_views` (3D-aware denoising, as in VideoMV, Zuo et al. 2024). Raises ValueError, when
+        `coser.consistency.fused_views` (3D-aware denoising, as in VideoMV, Zuo et al. 2024). redraw: 0..0.9; what is
+        drawn is noised again, to where this share of the steps is left, and these are taken once more, so that the
+        model goes over views that agree already (SDEdit, Meng et al. 2022, on a whole ring). Raises ValueError, when
         first read, for anything else.
         """
         check_arguments(prompt, num_views, elevation, guidance_scale, num_inference_steps, negative_prompt, consistency,
-                        symmetry, guidance_rescale, skip_guidance_scale)
+                        symmetry, guidance_rescale, skip_guidance_scale, redraw)
         if consistency > 0 and fuse is None:
             raise ValueError(f"fuse must be a function where consistency is above 0, got None and {consistency}")
         guided = guidance_scale > 1
         skips = skip_guidance_scale > 0 and bool(self.unet.config.mixers if mixers is None else mixers)
         embeds = self.encode_prompt([negative_prompt, prompt] if guided else [prompt])
         cameras = Cameras.orbit(num_views, elevation).to(self._execution_device)
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(0)  # of more than 500 steps two have one timestep, which tells no index
+        self._begin_at(0, num_inference_steps)
         latents = self.prepare_latents(num_views, generator, latents)
         timesteps = self.scheduler.timesteps
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
         fused = fused_steps(len(timesteps))
         group, averaged = ring_symmetries(symmetry, num_views), round(SYMMETRIC_UNTIL * len(timesteps))
-        for i, timestep in enumerate(timesteps):
+        order = step_order(num_inference_steps, redraw)
+        for done, i in enumerate(order):
+            timestep = timesteps[i]
+            if done == len(timesteps):
+                self._begin_at(i, num_inference_steps)
+                latents = self._noised(latents, timestep, generator)
             predictions = self._predict(latents, timestep, embeds, cameras, mixers)
             prediction = torch.lerp(predictions[0], predictions[-1], guidance_scale)
             denoised = plain = self._denoised(prediction, latents, timestep, i)
@@ -155,9 +160,9 @@ class CoSERPipeline(DiffusionPipeline):
             if denoised is not plain:  # an estimate that nothing changed keeps its prediction to the last bit
                 prediction = self._prediction_for(denoised, latents, timestep, i)
             latents = self.scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
-            last = i == len(timesteps) - 1
+            last = done == len(order) - 1
             views = self.latents_to_views(latents) if last else self.latents_to_views(denoised, preview=True)
-            yield MultiviewStep(i + 1, len(timesteps), views, latents, denoised, cameras)
+            yield MultiviewStep(done + 1, len(order), views, latents, denoised, cameras)
 
     @torch.no_grad()
     def __call__(self, prompt: str, **arguments) -> MultiviewStep:
@@ -165,6 +170,19 @@ class CoSERPipeline(DiffusionPipeline):
         for step in self.stream(prompt, **arguments):
             pass
         return step
+
+    def _begin_at(self, index: int, num_inference_steps: int) -> None:
+        """Makes the scheduler take the steps from `index` on."""
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(index)  # of more than 500 steps two have one timestep, which tells no index
+
+    def _noised(self, latents: Tensor, timestep: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Clean latents [N,C,h,w] with as much noise as the scheduler has at the timestep."""
+        noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        if hasattr(self.scheduler, "add_noise"):
+            return self.scheduler.add_noise(latents, noise, timestep[None])
+        return self.scheduler.scale_noise(latents, timestep[None], noise)  # what flow-matching schedulers call it
 
     def _predict(self, latents: Tensor, timestep: Tensor, embeds: PromptEmbeds, cameras: Cameras,
                  mixers: tuple[str, ...] | None) -> Tensor:
@@ -247,6 +265,12 @@ def rescaled(guided: Tensor, prompted: Tensor, over: tuple[int, ...] = (0, 2, 3)
     return (guided - guided.mean(over, keepdim=True)) / spread * wanted + prompted.mean(over, keepdim=True)
 
 
+def step_order(num_inference_steps: int, redraw: float) -> list[int]:
+    """The indices of the steps that a run takes, one after the other: all, then the last ones of them once more."""
+    again = round(redraw * num_inference_steps)
+    return [*range(num_inference_steps), *range(num_inference_steps - again, num_inference_steps)]
+
+
 def fused_steps(total: int) -> set[int]:
     """Indices of the steps, of `total`, at which views are fused: those of FUSED_AT, which are the last two of 20.
 
@@ -258,7 +282,7 @@ def fused_steps(total: int) -> set[int]:
 
 def check_arguments(prompt: str, num_views: int, elevation: float, guidance_scale: float, num_inference_steps: int,
                     negative_prompt: str, consistency: float = 0.0, symmetry: tuple[str, ...] = (),
-                    guidance_rescale: float = 0.0, skip_guidance_scale: float = 0.0) -> None:
+                    guidance_rescale: float = 0.0, skip_guidance_scale: float = 0.0, redraw: float = 0.0) -> None:
     """Raises ValueError naming argument, value and what is allowed, for the first argument that is wrong."""
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         if not isinstance(text, str):
@@ -269,7 +293,7 @@ def check_arguments(prompt: str, num_views: int, elevation: float, guidance_scal
             raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
     numbers = (("elevation", elevation, *ELEVATIONS), ("guidance_scale", guidance_scale, 1.0, 100.0),
                ("consistency", consistency, 0.0, 1.0), ("guidance_rescale", guidance_rescale, 0.0, 1.0),
-               ("skip_guidance_scale", skip_guidance_scale, 0.0, 100.0))
+               ("skip_guidance_scale", skip_guidance_scale, 0.0, 100.0), ("redraw", redraw, 0.0, 0.9))
     for name, value, low, high in numbers:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             raise ValueError(f"{name} must be a number from {low} to {high}, got {value!r}")

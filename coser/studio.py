@@ -27,7 +27,7 @@ from coser.finishing import FinishedAsset, finish_asset
 from coser.lane import Lane
 from coser.models.ssm import scan_backend
 from coser.own_views import PosedViews
-from coser.pipeline import CoSERPipeline, MultiviewStep, fused_steps
+from coser.pipeline import CoSERPipeline, MultiviewStep, fused_steps, step_order
 from coser.reconstruction import Surface, SurfaceStep, stream_surface
 from coser.reconstruction.exports import export
 from coser.request import SYMMETRY, AssetOptions, GenerationRequest
@@ -130,14 +130,15 @@ class Studio:
 
         Yields an update at once, one with the starting noise, one after every denoising step, some while the mesh is
         built and one at the end. `should_stop` is asked between them; a stopped run ends with stage "stopped" and
-        writes nothing. Several objects are drawn one after the other, each in so many steps, where the request says so.
+        writes nothing. Several objects are drawn one after the other, each in as many steps, where the request says so.
         Raises ValueError when the views hold nothing that a mesh could be made of.
         """
         request = replace(request.with_drawn_seed(), mixers=self.mixers_for(request))
         plan = scene_plan(request.prompt) if request.one_by_one else None
-        steps, drawings = request.num_inference_steps, len(plan.objects) if plan else 1
-        fused = {i * steps + step for i in range(drawings) for step in fused_steps(steps) if request.consistency}
-        run = _Run(drawings * steps, self._finish_seconds, request.seed, fused, self._fuse_seconds)
+        order, drawings = step_order(request.num_inference_steps, request.redraw), len(plan.objects) if plan else 1
+        fuses = fused_steps(request.num_inference_steps) if request.consistency else set()
+        fused = {i for i, step in enumerate(drawings * order) if step in fuses}
+        run = _Run(drawings * len(order), self._finish_seconds, request.seed, fused, self._fuse_seconds)
         yield from self._in_turn(run, should_stop,
                                  lambda run: self._generate(run, request, plan, Path(glb), should_stop, options))
 
@@ -299,7 +300,7 @@ class Studio:
             guidance_scale=request.guidance_scale, guidance_rescale=request.guidance_rescale,
             skip_guidance_scale=request.skip_guidance_scale, num_inference_steps=request.num_inference_steps,
             negative_prompt=request.negative_prompt, generator=generator_of(request), consistency=request.consistency,
-            fuse=fused_views, mixers=request.mixers, symmetry=symmetry)
+            redraw=request.redraw, fuse=fused_views, mixers=request.mixers, symmetry=symmetry)
 
     @property
     def mixers(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import trimesh
 from coser import reconstruction, studio
 from coser.cameras import Cameras
 from coser.models.unet import MIXERS
-from coser.pipeline import CoSERPipeline, MultiviewStep
+from coser.pipeline import CoSERPipeline, MultiviewStep, step_order
 from coser.rasterizer import render
 from coser.views import ViewSet
 
@@ -35,7 +35,7 @@ class DrawnPipeline:
         self.count = threading.Lock()
         self.mixers: tuple[str, ...] | None = None  # of the last stream
         self.symmetry: tuple[str, ...] = ()  # likewise
-        self.guidance_rescale = self.skip_guidance_scale = 0.0  # likewise
+        self.guidance_rescale = self.skip_guidance_scale = self.redraw = 0.0  # likewise
         self.unet = SimpleNamespace(config=SimpleNamespace(mixers=MIXERS))
 
     def to(self, *args, **kwargs) -> "DrawnPipeline":
@@ -51,9 +51,10 @@ class DrawnPipeline:
                negative_prompt: str, generator: torch.Generator, consistency: float = 0.0,
                fuse=None, mixers: tuple[str, ...] | None = None,
                symmetry: tuple[str, ...] = (), guidance_rescale: float = 0.0,
-               skip_guidance_scale: float = 0.0) -> Iterator[MultiviewStep]:
+               skip_guidance_scale: float = 0.0, redraw: float = 0.0) -> Iterator[MultiviewStep]:
         self.mixers, self.symmetry = mixers, symmetry
         self.guidance_rescale, self.skip_guidance_scale = guidance_rescale, skip_guidance_scale
+        self.redraw = redraw
         with self.count:
             self.open += 1
             self.most_open = max(self.most_open, self.open)
@@ -61,11 +62,12 @@ class DrawnPipeline:
             cameras = Cameras.orbit(num_views, elevation)
             views = box_views(prompt, cameras)
             noise = self.prepare_latents(num_views, generator)
-            for index in range(1, num_inference_steps + 1):
-                fade = index / num_inference_steps
+            total = len(step_order(num_inference_steps, redraw))
+            for index in range(1, total + 1):
+                fade = index / total
                 small = quarter_size(views)
                 noisy = ViewSet(fade * small.views + (1 - fade) * noise, fade * small.masks + (1 - fade), small.depths)
-                yield MultiviewStep(index, num_inference_steps, views if fade == 1 else noisy, noise, noise, cameras)
+                yield MultiviewStep(index, total, views if fade == 1 else noisy, noise, noise, cameras)
         finally:
             with self.count:
                 self.open -= 1

@@ -1,6 +1,5 @@
 """Truths about the app's API and its wiring, over HTTP; only the pipeline is not the real thing."""
 
-import inspect
 import os
 import re
 import tempfile
@@ -73,7 +72,7 @@ def test_a_prompt_alone_is_enough_for_the_api(client):
     parameters = client.view_api(return_format="dict")["named_endpoints"]["/generate"]["parameters"]
     assert [p["parameter_name"] for p in parameters] == [
         "prompt", "num_views", "guidance_scale", "num_inference_steps", "elevation", "seed", "randomize_seed",
-        "consistency", "mixers", "symmetry", "one_by_one", "guidance_rescale", "skip_guidance_scale", *ASSET,
+        "consistency", "mixers", "symmetry", "one_by_one", "guidance_rescale", "skip_guidance_scale", "redraw", *ASSET,
         "coloring", "origin", "longest_side"]
     assert all(p["parameter_has_default"] for p in parameters[1:])
 
@@ -82,15 +81,16 @@ def test_gpu_time_is_asked_for_all_drawings_and_never_too_much():
     assert app.gpu_seconds("a red box", 12, 4.0, 50) == 28
     assert app.gpu_seconds("a red box on a blue box", 12, 4.0, 50) == 46
     assert app.gpu_seconds("a cat, a dog and a cow", 24, 4.0, 50) == app.gpu_seconds("a box", 999, 4.0, 999) == 60
+    values = {"prompt": "a red box", "num_views": 12, "num_inference_steps": 50, "redraw": 0.5}
+    assert app.gpu_seconds(*(values.get(name) for name in app.INPUTS)) == 37
     assert app.gpu_seconds("a red box", "many", 4.0, 50) == app.gpu_seconds(None, 4, 4.0, 1) == 10
 
 
 @pytest.mark.parametrize("texture_size, seconds", [(512, 16), (1024, 17), (4096, 34), (None, 17)])
 def test_gpu_time_is_asked_for_large_textures(texture_size, seconds):
-    inputs = inspect.signature(app.Desk.generate).parameters
-    asked = {"prompt": "a red box", "num_views": 12, "guidance_scale": 4.0, "num_inference_steps": 20,
-             "texture_size": texture_size}
-    assert app.gpu_seconds(*(asked.get(name) for name in list(inputs)[1:-1])) == seconds
+    values = {"prompt": "a red box", "num_views": 12, "num_inference_steps": 20, "redraw": 0.0,
+              "texture_size": texture_size}
+    assert app.gpu_seconds(*(values.get(name) for name in app.INPUTS)) == seconds
 
 
 def test_the_endpoints_are_what_the_page_does(client):
@@ -179,6 +179,7 @@ def test_the_number_of_own_views_is_checked_where_it_is_given(client, ring):
     ({"num_inference_steps": 10**9}, "num_inference_steps"), ({"elevation": 90}, "elevation"), ({"seed": -1}, "seed"),
     ({"consistency": 2}, "consistency"), ({"guidance_rescale": 2}, "guidance_rescale"),
     ({"symmetry": "sideways"}, "symmetry"), ({"skip_guidance_scale": -1}, "skip_guidance_scale"),
+    ({"redraw": 1}, "redraw"),
 ])
 def test_wrong_values_end_in_a_message(client, capfd, wrong, named):
     with pytest.raises(AppError, match=named) as error:
@@ -275,7 +276,7 @@ def test_a_run_that_begins_takes_the_object_before_out_of_reach(desk, tmp_path):
     set_current_run(desk.folder(visitor), run_folder(desk.folder(visitor)))
     values = [getattr(GenerationRequest("a red box"), name) for name in (
         "prompt", "num_views", "guidance_scale", "num_inference_steps", "elevation", "seed", "randomize_seed",
-        "consistency", "mixers", "symmetry", "one_by_one", "guidance_rescale", "skip_guidance_scale")]
+        "consistency", "mixers", "symmetry", "one_by_one", "guidance_rescale", "skip_guidance_scale", "redraw")]
     options = list(vars(AssetOptions()).values())
     desk.begin(*values, *options, visitor)
     with pytest.raises(Error, match="press Stop first"):

@@ -9,9 +9,10 @@ from tiny import plain_config, tiny_pipeline
 
 from coser.cameras import Cameras
 from coser.consistency import fused_views
+from coser.flow import small_scheduler
 from coser.metrics import silhouette_iou
 from coser.models.block import MIXERS
-from coser.pipeline import CoSERPipeline, fused_steps, heeding, rescaled
+from coser.pipeline import CoSERPipeline, fused_steps, heeding, rescaled, step_order
 from coser.rasterizer import render
 from coser.views import ViewSet
 
@@ -168,6 +169,7 @@ def test_given_latents_are_the_starting_noise(pipeline):
     ({"consistency": 0.5}, "fuse must be a function where consistency is above 0, got None and 0.5"),
     ({"guidance_rescale": 1.5}, "guidance_rescale must be a number from 0.0 to 1.0, got 1.5"),
     ({"skip_guidance_scale": -1}, "skip_guidance_scale must be a number from 0.0 to 100.0, got -1"),
+    ({"redraw": 1.0}, "redraw must be a number from 0.0 to 0.9, got 1.0"),
     ({"consistency": 1.5}, "consistency must be a number from 0.0 to 1.0, got 1.5"),
     ({"guidance_scale": "4"}, r"guidance_scale must be a number from 1.0 to 100.0, got '4'"),
     ({"latents": torch.zeros(5, 4, 16, 16)}, r"latents must be \[4, 4, 16, 16\], got \[5, 4, 16, 16\]"),
@@ -308,6 +310,37 @@ def test_skip_guidance_asks_once_more_for_the_prompt_alone_with_every_module_ski
     draw(pipeline, guidance_scale=1.0, skip_guidance_scale=1.0)
     assert asked == [(1, None), (1, ())] * 2  # by itself, too
     assert not torch.equal(draw(pipeline, skip_guidance_scale=1.5).latents, plain.latents)
+
+
+def test_the_last_steps_are_taken_once_more_where_asked_for():
+    assert step_order(4, 0.0) == [0, 1, 2, 3] and step_order(4, 0.5) == [0, 1, 2, 3, 2, 3]
+    assert step_order(20, 0.25)[20:] == [15, 16, 17, 18, 19] and step_order(1, 0.25) == [0]
+
+
+@pytest.mark.parametrize("scheduler, kept, added", [
+    (small_scheduler(), lambda s: 1 - s.sigmas[2], lambda s: s.sigmas[2]),
+    (FlowMatchEulerDiscreteScheduler(shift=3.0), lambda s: 1 - s.sigmas[2], lambda s: s.sigmas[2]),
+    (EulerDiscreteScheduler(prediction_type="sample"), lambda s: 1, lambda s: s.sigmas[2]),
+    (DDIMScheduler(prediction_type="sample", clip_sample=False),
+     lambda s: s.alphas_cumprod[s.timesteps[2]].sqrt(), lambda s: (1 - s.alphas_cumprod[s.timesteps[2]]).sqrt()),
+], ids=["solver", "flow", "euler", "ddim"])
+def test_what_is_drawn_is_noised_to_the_level_of_the_steps_that_are_left(swapped, scheduler, kept, added, monkeypatch):
+    pipeline, clean, seen = swapped(scheduler), torch.full((4, 4, 16, 16), 0.5), []
+
+    def oracle(latents, *others):
+        seen.append(latents.clone())
+        if scheduler.config.get("prediction_type") == "sample":
+            return clean[None]
+        return ((latents - clean) / scheduler.sigmas[step_order(4, 0.5)[len(seen) - 1]])[None]
+
+    monkeypatch.setattr(pipeline, "_predict", oracle)
+    streamed = steps(pipeline, guidance_scale=1.0, redraw=0.5)
+    assert [(step.index, step.total) for step in streamed] == [(i, 6) for i in range(1, 7)]
+    assert [step.views.views.shape[-1] for step in streamed] == [64] * 5 + [256]
+    torch.testing.assert_close(streamed[-1].latents, clean, atol=1e-3, rtol=0)
+    noise = float(added(scheduler))
+    assert float(seen[4].mean()) == pytest.approx(0.5 * float(kept(scheduler)), abs=0.06 * noise)
+    assert float(seen[4].std()) == pytest.approx(noise, rel=0.05)
 
 
 def test_few_steps_and_many_are_fused_twice_and_late():

@@ -43,7 +43,7 @@ def studio(monkeypatch):
     ("randomize_seed", 1, "true or false"), ("consistency", 1.1, "0 to 1"), ("consistency", "much", "0 to 1"),
     ("mixers", ("adjacent", "spoon"), "adjacent, trajectory, glance, rectification"), ("mixers", "glance", "adjacent"),
     ("one_by_one", "yes", "true or false"), ("guidance_rescale", -0.1, "0 to 1"),
-    ("skip_guidance_scale", 6.5, "0 to 6"), ("skip_guidance_scale", "far", "0 to 6"),
+    ("skip_guidance_scale", 6.5, "0 to 6"), ("redraw", 0.95, "0 to 0.9"), ("skip_guidance_scale", "far", "0 to 6"),
     ("symmetry", "sideways", "none, auto, mirror, back, both, quarter, round"), ("symmetry", None, "none, auto"),
 ])
 def test_wrong_request_names_argument_and_what_is_allowed(name, value, allowed):
@@ -108,9 +108,10 @@ def test_the_time_left_counts_the_steps_that_fuse_views_as_longer(monkeypatch):
 def test_fusing_is_expected_where_views_are_fused_alone(studio, monkeypatch, tmp_path):
     runs = []
     monkeypatch.setattr(studio, "_in_turn", lambda run, *_: runs.append(run) or iter(()))
-    for consistency in (1.0, 0.0):
-        list(studio.generate(GenerationRequest("a box", consistency=consistency), tmp_path / "box.glb"))
-    assert [run.fused for run in runs] == [{18, 19}, set()]
+    for options in ({"consistency": 1.0}, {"consistency": 0.0}, {"redraw": 0.25}):
+        list(studio.generate(GenerationRequest("a box", **options), tmp_path / "box.glb"))
+    assert [run.fused for run in runs] == [{18, 19}, set(), {18, 19, 23, 24}]
+    assert [run.total for run in runs] == [20, 20, 25]
 
 
 def test_done_means_a_watertight_coloured_glb_that_tells_how_it_was_made(studio, tmp_path):
@@ -231,6 +232,14 @@ def test_a_mixer_that_is_left_out_is_switched_off(studio, tmp_path):
         with closing(studio.generate(replace(REQUEST, mixers=asked), tmp_path / "box.glb")) as run:
             next(run), next(run), next(run)
         assert studio.pipeline.mixers == passed
+
+
+def test_what_is_drawn_anew_is_counted(studio, tmp_path):
+    request = replace(REQUEST, num_inference_steps=8, redraw=0.5)
+    updates = list(studio.generate(request, tmp_path / "box.glb", options=QUICK))
+    assert studio.pipeline.redraw == 0.5
+    assert [u.step for u in updates if u.stage == "denoising"] == list(range(13)) and updates[-1].total == 12
+    assert json.loads(updates[-1].run_file.read_text())["settings"]["redraw"] == 0.5
 
 
 @pytest.mark.parametrize("name", ["guidance_rescale", "skip_guidance_scale"])
