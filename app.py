@@ -99,18 +99,19 @@ def setting_inputs(mixers: tuple[str, ...]) -> list[gr.components.Component]:
         guidance_rescale = gr.Slider(*GUIDANCE_RESCALE, DEFAULTS.guidance_rescale, step=0.1, label="Guidance rescale",
                                      info="true colours", elem_id="guidance-rescale")
         skip_guidance_scale = gr.Slider(*SKIP_GUIDANCE_SCALE, DEFAULTS.skip_guidance_scale, step=0.5,
-                                        label="Skip guidance", info="views heed each other",
+                                        label="Skip guidance", info="views heed others",
                                         elem_id="skip-guidance-scale")
         redraw = gr.Slider(*REDRAW, DEFAULTS.redraw, step=0.05, label="Redraw", info="tidier, slower",
                            elem_id="redraw")
-        symmetry = gr.Dropdown([(SYMMETRY_NAMES[name], name) for name in SYMMETRY], value=DEFAULTS.symmetry,
-                               label="Symmetry", info="sides that shall be alike", elem_id="symmetry")
     with gr.Row():
         modules = gr.CheckboxGroup([(MIXER_NAMES[name], name) for name in mixers], value=list(mixers), scale=2,
                                    label="Modules between views", info="switch one off to see what it does",
                                    elem_id="mixers")
-        one_by_one = gr.Checkbox(DEFAULTS.one_by_one, label="Several objects one by one", elem_id="one-by-one",
-                                 info="then put together: a lantern on a barrel")
+        with gr.Column(min_width=200):
+            symmetry = gr.Dropdown([(SYMMETRY_NAMES[name], name) for name in SYMMETRY], value=DEFAULTS.symmetry,
+                                   label="Symmetry", info="sides that shall be alike", elem_id="symmetry")
+            one_by_one = gr.Checkbox(DEFAULTS.one_by_one, label="Several objects one by one", elem_id="one-by-one",
+                                     info="then put together: a lantern on a barrel")
         with gr.Column(min_width=200):
             seed = gr.Number(DEFAULTS.seed, precision=0, minimum=SEED[0], maximum=SEED[1], label="Seed",
                              info="same seed, same object", elem_id="seed")
